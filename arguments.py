@@ -1,0 +1,107 @@
+"""The command line: a parser with presets, and the types of values.
+
+Nothing here imports torch, so that a wrong flag is answered at once.
+"""
+
+import argparse
+import difflib
+import math
+import sys
+from collections.abc import Callable
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that knows presets and answers a mistake in one line, with exit status 2."""
+
+    def __init__(self, **kwargs):
+        super().__init__(
+            allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs
+        )
+
+    def parse(
+        self, argv: list[str] | None, presets: dict[str, dict]
+    ) -> tuple[argparse.Namespace, set[str]]:
+        """Read the arguments: given ones win over those of `--preset`, and these over defaults.
+
+        Returns:
+            The values of all arguments, and the names of those that were given.
+        """
+        dests = [action.dest for action in self._actions if action.dest != "help"]
+        parsed, unknown = self.parse_known_args(argv, argparse.Namespace(**dict.fromkeys(dests)))
+
+        if unknown:
+            self.reject_unknown(unknown)
+
+        given = {dest: value for dest, value in vars(parsed).items() if value is not None}
+        defaults = {dest: self.get_default(dest) for dest in dests}
+        preset = presets[given["preset"]] if "preset" in given else {}
+
+        return argparse.Namespace(**{**defaults, **preset, **given}), set(given)
+
+    def reject_unknown(self, unknown: list[str]) -> None:
+        flag = unknown[0].split("=")[0]
+        flags = [option for action in self._actions for option in action.option_strings]
+        known = [option for option in flags if option.startswith(flag)]
+        known = known or difflib.get_close_matches(flag, flags, n=1)
+        hint = f"; did you mean {' or '.join(known)}?" if known and flag != "--" else ""
+
+        self.error(f"unknown argument {unknown[0]}{hint}")
+
+    def error(self, message: str):
+        self.exit(2, f"error: {message.removeprefix('argument ')}\n")
+
+
+def parse_bool(value: str) -> bool:
+    """Read True or False, also as yes, no, 1 or 0."""
+    if value.lower() in ("true", "yes", "1"):
+        return True
+
+    if value.lower() in ("false", "no", "0"):
+        return False
+
+    raise argparse.ArgumentTypeError(f"must be True or False, {value} given")
+
+
+def positive_int(value: str) -> int:
+    return parse_number(int, value, lambda number: number > 0, "a whole number above 0")
+
+
+def non_negative_int(value: str) -> int:
+    return parse_number(int, value, lambda number: number >= 0, "a whole number from 0")
+
+
+def seed_int(value: str) -> int:
+    return parse_number(
+        int, value, lambda number: 0 <= number < 2**63, "a whole number from 0 to 2**63 - 1"
+    )
+
+
+def positive_float(value: str) -> float:
+    return parse_number(float, value, lambda number: 0 < number < math.inf, "a number above 0")
+
+
+def non_negative_float(value: str) -> float:
+    return parse_number(float, value, lambda number: 0 <= number < math.inf, "a number from 0")
+
+
+def dropout_float(value: str) -> float:
+    return parse_number(float, value, lambda number: 0 <= number < 1, "from 0 to below 1")
+
+
+def parse_number(kind: type, value: str, is_valid: Callable, description: str):
+    try:
+        number = kind(value)
+    except ValueError:
+        number = math.nan
+
+    if not is_valid(number):
+        raise argparse.ArgumentTypeError(f"must be {description}, {value} given")
+
+    return number
+
+
+def fail(message: object, status: int = 1) -> int:
+    """Print one line on standard error and return the exit status."""
+    print("error:", " ".join(str(message).split()), file=sys.stderr, flush=True)
+
+    return status

@@ -1,0 +1,197 @@
+"""Checkpoints that are whole or absent, and prove it when they are read.
+
+A file is written under a temporary name in its folder, forced to the disk and renamed. Its last
+bytes are a checksum. The last file, the one before and the best by test loss stay side by side.
+"""
+
+import hashlib
+import io
+import math
+import os
+import struct
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+FORMAT_VERSION = 1
+
+ZIP_MAGIC = b"PK\x03\x04"
+CHECKSUM_PREFIX = b"sha256:"
+CHECKSUM_SIZE = len(CHECKSUM_PREFIX) + 64
+
+
+class CheckpointError(Exception):
+    """A checkpoint that is missing, damaged or of no use here; the message is one line."""
+
+
+def previous_path(path: Path) -> Path:
+    return path.with_name(f"{path.stem}.previous{path.suffix}")
+
+
+def best_path(path: Path) -> Path:
+    return path.with_name(f"{path.stem}.best{path.suffix}")
+
+
+def temporary_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.tmp")
+
+
+def check_writable(path: Path) -> None:
+    """Make the folder of an output file, and prove that a file can be written there.
+
+    Raises:
+        OSError: when that cannot be.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, a file is needed.")
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Also what a killed run has left.
+    temporary_path(path).write_bytes(b"")
+    temporary_path(path).unlink()
+
+
+def save_checkpoint(path: Path, state: dict, is_best: bool = False) -> None:
+    """Write a checkpoint that is whole or absent, and keep the previous one beside it.
+
+    The file is a zip archive as torch.save writes it; its comment is the sha256 of all before it.
+
+    Raises:
+        OSError: when it cannot be written; the files that were there are untouched.
+    """
+    temporary = temporary_path(path)
+
+    try:
+        with open(temporary, "w+b") as file:
+            torch.save(state, file)
+            append_checksum(file)
+            file.flush()
+            os.fsync(file.fileno())
+
+        if path.exists():
+            replace_by_link(path, previous_path(path))
+
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+    if is_best:
+        replace_by_link(path, best_path(path))
+
+    sync_folder(path.parent)
+
+
+def append_checksum(file: io.BufferedRandom) -> None:
+    """Give a zip archive without a comment the sha256 of itself as its comment."""
+    # The last two bytes of an archive are the length of its comment.
+    file.seek(-2, os.SEEK_END)
+    file.write(struct.pack("<H", CHECKSUM_SIZE))
+    file.seek(0)
+    digest = hash_bytes(file)
+    file.write(CHECKSUM_PREFIX + digest.encode())
+
+
+def hash_bytes(file: io.BufferedIOBase, size: int | None = None) -> str:
+    """Return the sha256 of the next size bytes of a file, or of all that are left."""
+    digest = hashlib.sha256()
+    remaining = math.inf if size is None else size
+
+    while remaining and (chunk := file.read(int(min(1 << 24, remaining)))):
+        digest.update(chunk)
+        remaining -= len(chunk)
+
+    return digest.hexdigest()
+
+
+def replace_by_link(source: Path, target: Path) -> None:
+    """Make target a second name of source, at no moment absent."""
+    temporary = temporary_path(target)
+    temporary.unlink(missing_ok=True)
+
+    try:
+        os.link(source, temporary)
+        os.replace(temporary, target)
+    except OSError:  # a file system without links
+        os.replace(source, target)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder survive a power failure."""
+    descriptor = os.open(folder, os.O_RDONLY)
+
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def set_aside(path: Path) -> Path | None:
+    """Move a finished or forgotten checkpoint out of the way of a new run; return where it is."""
+    if not path.exists():
+        return None
+
+    taken = time.strftime("%Y%m%d-%H%M%S", time.localtime(path.stat().st_mtime))
+    aside = path.with_name(f"{path.stem}.{taken}{path.suffix}")
+    os.replace(path, aside)
+
+    return aside
+
+
+def load_checkpoint(path: Path, required: Iterable[str]) -> dict:
+    """Read a checkpoint whose checksum is right, onto the CPU.
+
+    Args:
+        required: keys without which it is of no use here.
+
+    Raises:
+        CheckpointError: when the file is missing, damaged, foreign, or of another kind or version.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"There is no checkpoint at {path}.")
+
+    try:
+        verify_checksum(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+    except CheckpointError:
+        raise
+    except Exception as error:  # the loader raises dozens of types, and advises what is unsafe
+        raise CheckpointError(f"{path} is not a checkpoint of this project.") from error
+
+    if not isinstance(state, dict) or "format_version" not in state:
+        raise CheckpointError(f"{path} is not a checkpoint of this project: no format_version.")
+
+    if state["format_version"] > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format {state['format_version']}, this version reads {FORMAT_VERSION};"
+            " update this repository."
+        )
+
+    if missing := [key for key in required if key not in state]:
+        raise CheckpointError(f"{path} cannot be resumed from: it has no {', '.join(missing)}.")
+
+    return state
+
+
+def verify_checksum(path: Path) -> None:
+    """Raise CheckpointError unless a file is a whole checkpoint."""
+    other = previous_path(path)
+    hint = f" {other} is there: copy it over." if other.exists() else ""
+
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        magic = file.read(len(ZIP_MAGIC))
+
+        if magic and magic != ZIP_MAGIC[: len(magic)]:
+            raise CheckpointError(f"{path} is not a checkpoint.{hint}")
+
+        content_size = max(0, size - CHECKSUM_SIZE)
+        file.seek(0)
+        digest = hash_bytes(file, content_size)
+
+        if file.read() != CHECKSUM_PREFIX + digest.encode():
+            raise CheckpointError(f"{path} is damaged or incomplete.{hint}")

@@ -1,0 +1,306 @@
+"""A GPT-2-like language model: network and loss.
+
+Axes of the tensors: B batch, T tokens, D embedding_dimensions, H attention heads,
+K = D / H, V vocabulary (padded), N = B x T.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+
+class GPT(nn.Module):
+    """Predict the next token with a stack of attention and MLP blocks.
+
+    The architecture of Radford et al. 2019 (GPT-2): learned positions, normalisation in front of
+    every sublayer, and an output layer that shares its weights with the token embeddings (Press
+    and Wolf 2017). Biases are left out unless asked for.
+
+    Raises:
+        ValueError: when a size, or a combination of sizes, makes no model.
+    """
+
+    def __init__(
+        self,
+        vocabulary_size: int,
+        block_size: int,
+        embedding_dimensions: int,
+        num_attention_heads: int,
+        num_hidden_layers: int,
+        dropout: float = 0.0,
+        bias: bool = False,
+    ):
+        super().__init__()
+
+        check_sizes(embedding_dimensions, num_attention_heads)
+
+        # Matrix units want a multiple of 128 rows. The rows that fill up are zero and stay zero.
+        num_rows = math.ceil(vocabulary_size / 128) * 128
+
+        self.vocabulary_size = vocabulary_size
+        self.block_size = block_size
+        self.activation_checkpointing = False
+
+        self.token_embeddings = nn.Embedding(num_rows, embedding_dimensions)
+        self.position_embeddings = nn.Embedding(block_size, embedding_dimensions)
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(
+            Block(embedding_dimensions, num_attention_heads, dropout, bias)
+            for _ in range(num_hidden_layers)
+        )
+        self.norm = nn.LayerNorm(embedding_dimensions, bias=bias)
+
+        self.initialize()
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """Predict the token after every position, or measure how well it is predicted.
+
+        Args:
+            x: token ids, int64 (B, T) with T <= block_size.
+            y: target ids, int64 (B, T); below 0 where a position is to have no loss.
+
+        Returns:
+            Without y the logits, (B, T, vocabulary_size); with y the mean cross entropy in nats
+            per target, a float32 scalar (0 without any target).
+
+        Raises:
+            ValueError: when T exceeds block_size.
+        """
+        z = self.encode(x)  # (B, T, D)
+
+        if y is None:
+            return F.linear(z, self.token_embeddings.weight)[..., : self.vocabulary_size]
+
+        return linear_cross_entropy(z, self.token_embeddings.weight, y, self.vocabulary_size)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Turn token ids (B, T) into the states that the output layer reads, (B, T, D)."""
+        num_tokens = x.size(1)
+
+        if num_tokens > self.block_size:
+            raise ValueError(
+                f"At most {self.block_size} tokens fit in the context, {num_tokens} given."
+            )
+
+        positions = torch.arange(num_tokens, device=x.device)
+
+        z = self.token_embeddings(x) + self.position_embeddings(positions)  # (B, T, D)
+        z = self.dropout(z)
+
+        for block in self.blocks:
+            if self.activation_checkpointing and self.training:
+                z = checkpoint(block, z, use_reentrant=False)
+            else:
+                z = block(z)
+
+        return self.norm(z)
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        """Draw all weights from N(0, 0.02), those that write to the residual stream smaller.
+
+        2 x num_hidden_layers sublayers add to the stream; dividing their scale by the root of that
+        number keeps its variance (Radford et al. 2019, section 2.3).
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+        for block in self.blocks:
+            for projection in (block.attention.output, block.mlp.output):
+                projection.weight.div_(math.sqrt(2 * len(self.blocks)))
+
+        self.token_embeddings.weight[self.vocabulary_size :].zero_()
+
+    def compile(self, **kwargs) -> None:
+        """Compile the blocks in place, with the arguments of torch.compile.
+
+        All blocks run the same code, so one compilation serves them all whatever their number, and
+        parameters keep their names.
+        """
+        for block in self.blocks:
+            block.compile(**kwargs)
+
+    @property
+    def num_parameters(self) -> int:
+        """The number of trained weights: padded rows do not count, tied weights count once."""
+        total = sum(parameter.numel() for parameter in self.parameters())
+        num_rows, embedding_dimensions = self.token_embeddings.weight.shape
+
+        return total - (num_rows - self.vocabulary_size) * embedding_dimensions
+
+    def flops_per_token(self, num_tokens: int) -> int:
+        """Count the operations to train on one token in a window of num_tokens tokens.
+
+        6 for every weight that is multiplied, and 12 x T x D for every layer's attention (Chowdhery
+        et al. 2022, appendix B).
+        """
+        embedding_dimensions = self.token_embeddings.embedding_dim
+        num_weights = self.num_parameters - self.position_embeddings.weight.numel()
+
+        return 6 * num_weights + 12 * len(self.blocks) * num_tokens * embedding_dimensions
+
+
+class Block(nn.Module):
+    """Attention, then an MLP, each normalised at its input and added to the residual stream."""
+
+    def __init__(
+        self, embedding_dimensions: int, num_attention_heads: int, dropout: float, bias: bool
+    ):
+        super().__init__()
+
+        self.attention_norm = nn.LayerNorm(embedding_dimensions, bias=bias)
+        self.attention = CausalSelfAttention(embedding_dimensions, num_attention_heads, bias)
+        self.mlp_norm = nn.LayerNorm(embedding_dimensions, bias=bias)
+        self.mlp = MLP(embedding_dimensions, bias)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, z: Tensor) -> Tensor:
+        z = z + self.dropout(self.attention(self.attention_norm(z)))  # (B, T, D)
+
+        return z + self.dropout(self.mlp(self.mlp_norm(z)))  # (B, T, D)
+
+
+class CausalSelfAttention(nn.Module):
+    """Let every position read itself and what is before it (Vaswani et al. 2017).
+
+    softmax(Q K^T / sqrt(K)) V for each head, by the fastest kernel of the device. The attention
+    weights themselves are not dropped out: that would rule those kernels out on some devices.
+    """
+
+    def __init__(self, embedding_dimensions: int, num_attention_heads: int, bias: bool):
+        super().__init__()
+
+        self.num_attention_heads = num_attention_heads
+        self.query_key_value = nn.Linear(embedding_dimensions, 3 * embedding_dimensions, bias=bias)
+        self.output = nn.Linear(embedding_dimensions, embedding_dimensions, bias=bias)
+
+    def forward(self, z: Tensor) -> Tensor:
+        query, key, value = (
+            part.unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)  # (B, H, T, K)
+            for part in self.query_key_value(z).chunk(3, dim=-1)
+        )
+
+        z = F.scaled_dot_product_attention(query, key, value, is_causal=True)  # (B, H, T, K)
+
+        return self.output(z.transpose(1, 2).flatten(2))  # (B, T, D)
+
+
+class MLP(nn.Module):
+    """Widen fourfold, bend by GELU (its tanh form, as in GPT-2), and narrow again."""
+
+    def __init__(self, embedding_dimensions: int, bias: bool):
+        super().__init__()
+
+        self.hidden = nn.Linear(embedding_dimensions, 4 * embedding_dimensions, bias=bias)
+        self.output = nn.Linear(4 * embedding_dimensions, embedding_dimensions, bias=bias)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.output(F.gelu(self.hidden(z), approximate="tanh"))
+
+
+def check_sizes(embedding_dimensions: int, num_attention_heads: int) -> None:
+    """Raise ValueError with the nearest valid values unless the heads divide the dimensions."""
+    if embedding_dimensions % num_attention_heads:
+        below = embedding_dimensions // num_attention_heads * num_attention_heads
+        nearest = [str(below)] * (below > 0) + [str(below + num_attention_heads)]
+
+        raise ValueError(
+            "Embedding dimensions must be divisible by the number of attention heads,"
+            f" {embedding_dimensions} and {num_attention_heads} given;"
+            f" the nearest valid dimensions are {' and '.join(nearest)}."
+        )
+
+
+@torch.compiler.disable
+def linear_cross_entropy(z: Tensor, weight: Tensor, y: Tensor, vocabulary_size: int) -> Tensor:
+    """Project states to logits and take their mean cross entropy, a chunk of positions at a time.
+
+    Gives the loss of `cross_entropy(linear(z, weight)[..., :vocabulary_size], y)` and its
+    gradients, but the logits of one chunk alone are ever in memory.
+
+    Args:
+        z: states, (B, T, D).
+        weight: output layer, (V, D) with V >= vocabulary_size; further rows are never predicted.
+        y: target ids, int64 (B, T); below 0 where a position is to have no loss.
+
+    Returns:
+        A float32 scalar in nats per target (0 without any).
+    """
+    # The matrix products run at the precision of the surrounding autocast, as a Linear would.
+    device = z.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+    return LinearCrossEntropy.apply(z.flatten(0, 1), weight, y.flatten(), vocabulary_size, dtype)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """The gradients are made together with the loss, while the logits of a chunk are at hand.
+
+    For one position with logits l = W z and target t: loss = log(sum(exp(l))) - l_t,
+    d loss / d l = softmax(l) - onehot(t) = g, d loss / d z = g W, and d loss / d W = g^T z.
+    """
+
+    @staticmethod
+    def forward(ctx, z, weight, y, vocabulary_size, dtype):
+        needs_gradient = any(ctx.needs_input_grad[:2])
+        # On a CPU 128 rows of 50,304 logits stay below the size (32 MiB) from which the allocator
+        # returns memory to the system, to pay for it again in page faults at the next chunk.
+        chunk_size = 128 if z.device.type == "cpu" else 2048
+
+        z_low, weight_low = z.to(dtype), weight.to(dtype)  # (N, D), (V, D)
+        loss = torch.zeros((), device=z.device)
+        dz = torch.empty_like(z_low) if needs_gradient else None
+        dweight = torch.zeros_like(weight, dtype=torch.float32) if needs_gradient else None
+
+        for start in range(0, len(z), chunk_size):
+            rows = slice(start, start + chunk_size)
+            is_target = y[rows] >= 0  # (n)
+            targets = y[rows].clamp(min=0)[:, None]  # (n, 1)
+
+            logits = (z_low[rows] @ weight_low.T).float()  # (n, V)
+            logits[:, vocabulary_size:] = -math.inf
+            normalizer = logits.logsumexp(dim=-1, keepdim=True)  # (n, 1)
+            losses = (normalizer - logits.gather(1, targets)).squeeze(1)  # (n)
+            loss += losses.where(is_target, 0.0).sum()
+
+            if needs_gradient:
+                g = logits.sub_(normalizer).exp_()  # (n, V)
+                g.scatter_add_(1, targets, g.new_full(targets.shape, -1.0))
+                g_low = g.to(dtype)
+
+                # Rows without a target are dropped here, where they are D wide and not V wide.
+                dz[rows] = (g_low @ weight_low) * is_target[:, None]
+                add_product(dweight, g_low.T, z_low[rows] * is_target[:, None])
+
+        count = (y >= 0).sum().clamp(min=1)
+
+        if needs_gradient:
+            ctx.save_for_backward(dz, dweight, count)
+            ctx.dtypes = z.dtype, weight.dtype
+
+        return loss / count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        dz, dweight, count = ctx.saved_tensors
+        z_dtype, weight_dtype = ctx.dtypes
+        scale = grad_output / count
+
+        return dz.mul(scale).to(z_dtype), dweight.mul_(scale).to(weight_dtype), None, None, None
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left @ right to a float32 total; without a copy when the factors are float32 too."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(left @ right)

@@ -1,0 +1,673 @@
+"""Pre-train a GPT-2-like model on OpenWebText, on the text that comes with Python, or on your own.
+
+`python pre-train.py --preset=tiny` shows all of it in minutes on any machine.
+"""
+
+import math
+import secrets
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from arguments import (
+    Parser,
+    dropout_float,
+    fail,
+    non_negative_float,
+    non_negative_int,
+    parse_bool,
+    positive_float,
+    positive_int,
+    seed_int,
+)
+from checkpoint import (
+    FORMAT_VERSION,
+    CheckpointError,
+    check_writable,
+    load_checkpoint,
+    save_checkpoint,
+    set_aside,
+)
+from data import (
+    ENCODING,
+    VOCABULARY_SIZE,
+    DataError,
+    SampleStream,
+    TestWindows,
+    TokenDataset,
+    load_or_prepare,
+    parse_source,
+    resolve_weights,
+)
+from model import GPT, check_sizes
+from training import (
+    Interrupted,
+    MetricsFile,
+    Schedule,
+    Step,
+    StopSignal,
+    Trainer,
+    TrainingError,
+    build_optimizers,
+    compile_model,
+    describe_row,
+    matmul_rate,
+    peak_memory,
+    resolve_device,
+    resolve_precision,
+    time_steps,
+)
+
+# Sizes of GPT-2 (Radford et al. 2019, table 2), and one that learns on a laptop while you watch.
+PRESETS = {
+    "tiny": {
+        "dataset": ["stdlib"],
+        "block_size": 256,
+        "embedding_dimensions": 128,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 4,
+        "dropout": 0.0,
+        "batch_size": 8,
+        "gradient_accumulation_steps": 1,
+        "samples_per_epoch": 128,
+        "num_epochs": 16,
+        "eval_interval": 2,
+        "checkpoint_interval": 2,
+        "learning_rate": 5e-3,
+    },
+    "gpt2": {"embedding_dimensions": 768, "num_attention_heads": 12, "num_hidden_layers": 12},
+    "gpt2-medium": {
+        "embedding_dimensions": 1024,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 24,
+    },
+    "gpt2-large": {
+        "embedding_dimensions": 1280,
+        "num_attention_heads": 20,
+        "num_hidden_layers": 36,
+    },
+    "gpt2-xl": {"embedding_dimensions": 1600, "num_attention_heads": 25, "num_hidden_layers": 48},
+}
+
+# What decides which samples come next, and so has to stay when a run is resumed.
+FIXED_FLAGS = (
+    "dataset",
+    "batch_size",
+    "gradient_accumulation_steps",
+    "samples_per_epoch",
+    "optimizer",
+)
+# All that a checkpoint has to hold to be resumed from.
+CHECKPOINT_KEYS = (
+    "model_args",
+    "model",
+    "optimizer",
+    "scaler",
+    "position",
+    "seed",
+    "precision",
+    "encoding",
+    "dataset",
+    "settings",
+    "metrics",
+    "epoch",
+)
+# What may change then, and is said.
+FREE_FLAGS = (
+    "learning_rate",
+    "min_learning_rate",
+    "lr_schedule",
+    "warmup_steps",
+    "weight_decay",
+    "dropout",
+    "max_gradient_norm",
+    "num_epochs",
+)
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="pre-train.py", description=__doc__.splitlines()[0])
+
+    add_data_arguments(parser)
+    add_model_arguments(parser)
+    add_recipe_arguments(parser)
+    add_run_arguments(parser)
+
+    return parser
+
+
+def add_data_arguments(parser: Parser) -> None:
+    add = parser.add_argument_group("data").add_argument
+
+    add(
+        "--dataset",
+        nargs="+",
+        default=["openwebtext"],
+        metavar="SOURCE",
+        help="Sources to train on, each SOURCE or SOURCE=WEIGHT: openwebtext, stdlib, a file or a"
+        " folder of your own text, or a dataset on the Hugging Face Hub (owner/name or"
+        " owner/name:config).",
+    )
+    add(
+        "--dataset_path",
+        default="./dataset",
+        help="The path to the dataset files on disk.",
+    )
+    add(
+        "--num_dataset_processes",
+        type=positive_int,
+        default=8,
+        help="The number of processes (CPUs) to use to process the dataset.",
+    )
+
+
+def add_model_arguments(parser: Parser) -> None:
+    add = parser.add_argument_group("model").add_argument
+
+    add(
+        "--preset",
+        choices=list(PRESETS),
+        help="Named defaults that single flags still override.",
+    )
+    add(
+        "--block_size",
+        type=positive_int,
+        default=1024,
+        help="The number of tokens within the context window for every sample.",
+    )
+    add(
+        "--embedding_dimensions",
+        type=positive_int,
+        default=768,
+        help="The dimensionality of the token embeddings.",
+    )
+    add(
+        "--num_attention_heads",
+        type=positive_int,
+        default=12,
+        help="The number of attention heads within every block.",
+    )
+    add(
+        "--num_hidden_layers",
+        type=positive_int,
+        default=12,
+        help="The number of attention/MLP blocks within the hidden layer of the network.",
+    )
+    add(
+        "--dropout",
+        type=dropout_float,
+        default=0.1,
+        help="The proportion of signals to send to zero during training as regularization.",
+    )
+
+
+def add_recipe_arguments(parser: Parser) -> None:
+    add = parser.add_argument_group("recipe").add_argument
+
+    add(
+        "--batch_size",
+        type=positive_int,
+        default=4,
+        help="The number of samples to pass through the network at a time.",
+    )
+    add(
+        "--gradient_accumulation_steps",
+        type=positive_int,
+        default=32,
+        help="The number of batches to pass through the network before updating the weights.",
+    )
+    add(
+        "--samples_per_epoch",
+        type=positive_int,
+        default=4096,
+        help="The number of training samples to pass through the network every epoch.",
+    )
+    add(
+        "--num_epochs",
+        type=positive_int,
+        default=2145,
+        help="The number of epochs to train for.",
+    )
+    add(
+        "--optimizer",
+        choices=["adamw", "muon"],
+        default="muon",
+        help="The optimizer: adamw, or muon for the hidden matrices with adamw for the rest.",
+    )
+    add(
+        "--learning_rate",
+        type=positive_float,
+        default=5e-4,
+        help="The global step size taken after every gradient accumulation step (the peak of the"
+        " schedule).",
+    )
+    add(
+        "--lr_schedule",
+        choices=["linear", "cosine", "constant"],
+        default="linear",
+        help="How the step size goes from its peak to its minimum.",
+    )
+    add(
+        "--warmup_steps",
+        type=non_negative_int,
+        help="The number of updates over which the step size grows to its peak; None takes"
+        " a twentieth of all, at most 1,000, and none with a constant step size.",
+    )
+    add(
+        "--min_learning_rate",
+        type=non_negative_float,
+        default=0.0,
+        help="The step size at the end of the schedule.",
+    )
+    add(
+        "--weight_decay",
+        type=non_negative_float,
+        default=0.1,
+        help="The proportion of every matrix, times the step size, to take away at an update.",
+    )
+    add(
+        "--max_gradient_norm",
+        type=positive_float,
+        default=1.0,
+        help="Clip gradients above this threshold before stepping.",
+    )
+    add(
+        "--seed",
+        type=seed_int,
+        help="The seed for the random number generator; None draws one.",
+    )
+
+
+def add_run_arguments(parser: Parser) -> None:
+    add = parser.add_argument_group("run").add_argument
+
+    add(
+        "--eval_interval",
+        type=positive_int,
+        default=10,
+        help="Evaluate the model after this many epochs on the testing set.",
+    )
+    add(
+        "--checkpoint_interval",
+        type=positive_int,
+        default=20,
+        help="Save the model parameters to disk every this many epochs.",
+    )
+    add(
+        "--checkpoint_path",
+        default="./out/checkpoint.pt",
+        help="The path to the checkpoint file on disk.",
+    )
+    add(
+        "--metrics_path",
+        default="./out/pre-train.csv",
+        help="The path to the table of metrics, one row an epoch.",
+    )
+    add(
+        "--resume",
+        type=parse_bool,
+        nargs="?",
+        const=True,
+        default=False,
+        help="Should we resume training from the last checkpoint?",
+    )
+    add(
+        "--device",
+        default="cuda",
+        help="The device to run the computation on: cuda, cuda:N, mps or cpu.",
+    )
+    add(
+        "--precision",
+        choices=["auto", "bf16", "fp16", "fp32"],
+        default="auto",
+        help="The number format of the matrix products; auto takes what is fast on the device.",
+    )
+    add(
+        "--compile",
+        type=parse_bool,
+        nargs="?",
+        const=True,
+        default=True,
+        help="Compile the network, where a compiler works.",
+    )
+    add(
+        "--activation_checkpointing",
+        type=parse_bool,
+        nargs="?",
+        const=True,
+        default=False,
+        help="Trade compute for memory: compute activations a second time instead of keeping them.",
+    )
+    add(
+        "--dry_run",
+        type=parse_bool,
+        nargs="?",
+        const=True,
+        default=False,
+        help="Print parameters, memory, data, speed and the time that the whole run would take,"
+        " then stop.",
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    args, given = build_parser().parse(argv, PRESETS)
+
+    try:
+        sources = check_arguments(args)
+        device = resolve_device(args.device if "device" in given else None)
+    except ValueError as error:
+        return fail(error, status=2)
+    except TrainingError as error:
+        return fail(error)
+
+    try:
+        return run(args, given, sources, device)
+    except (DataError, TrainingError, CheckpointError, OSError) as error:
+        return fail(error)
+    except torch.OutOfMemoryError:
+        return fail(
+            f"{device} is out of memory; halve --batch_size and double"
+            " --gradient_accumulation_steps, or add --activation_checkpointing."
+        )
+    except KeyboardInterrupt:
+        return 130
+
+
+def check_arguments(args: Namespace) -> list:
+    """Return the sources with their weights; raise ValueError where values do not fit together."""
+    check_sizes(args.embedding_dimensions, args.num_attention_heads)
+
+    samples_per_step = args.batch_size * args.gradient_accumulation_steps
+
+    if args.samples_per_epoch < samples_per_step:
+        raise ValueError(
+            f"--samples_per_epoch must be at least {samples_per_step}, one update of"
+            f" {args.gradient_accumulation_steps} batches of {args.batch_size};"
+            f" {args.samples_per_epoch} given"
+        )
+
+    if args.min_learning_rate > args.learning_rate:
+        raise ValueError(
+            f"--min_learning_rate {args.min_learning_rate} is above"
+            f" --learning_rate {args.learning_rate}"
+        )
+
+    try:
+        sources = [parse_source(value) for value in args.dataset]
+    except ValueError as error:
+        raise ValueError(f"--dataset: {error}") from None
+
+    if len({source.name for source, _ in sources}) < len(sources):
+        raise ValueError("--dataset names a source twice")
+
+    return sources
+
+
+def run(args: Namespace, given: set[str], sources: list, device: torch.device) -> int:
+    path = Path(args.checkpoint_path)
+
+    if not args.dry_run:
+        check_writable(path)
+        check_writable(Path(args.metrics_path))
+
+    checkpoint = None
+
+    if args.resume:
+        checkpoint = load_checkpoint(path, CHECKPOINT_KEYS)
+        check_resumable(args, checkpoint)
+
+        if len(checkpoint["metrics"]) >= args.num_epochs:
+            print(f"Nothing to do: all {args.num_epochs} epochs are done (--num_epochs).")
+            return 0
+
+    seed = args.seed
+
+    if seed is None:
+        seed = checkpoint["seed"] if checkpoint else secrets.randbelow(2**31)
+
+    precision = args.precision
+
+    if precision == "auto":
+        precision = checkpoint["precision"] if checkpoint else resolve_precision(device)
+
+    datasets = [
+        load_or_prepare(source, Path(args.dataset_path), args.num_dataset_processes)
+        for source, _ in sources
+    ]
+    weights = resolve_weights([w for _, w in sources], [len(d.train) for d in datasets])
+    stream = SampleStream([d.train for d in datasets], weights, args.block_size, seed)
+    tests = [TestWindows(dataset.test, args.block_size) for dataset in datasets]
+    fingerprint = [[d.name, w, d.fingerprint] for d, w in zip(datasets, weights, strict=True)]
+
+    torch.manual_seed(seed)
+    model = GPT(**model_args(args), dropout=args.dropout).to(device)
+    model.activation_checkpointing = args.activation_checkpointing
+    optimizers = build_optimizers(model, args.optimizer, args.weight_decay, device)
+    schedule = build_schedule(args)
+    trainer = Trainer(model, optimizers, schedule, device, precision, seed, args.max_gradient_norm)
+
+    if checkpoint:
+        check_same_data(fingerprint, checkpoint["dataset"])
+        trainer.load_state_dict(checkpoint)
+
+    chosen = compile_model(model, device) if args.compile else "not compiled"
+    trainer.peak_rate = matmul_rate(device, precision)
+
+    describe(args, trainer, datasets, chosen)
+
+    if args.dry_run:
+        return estimate(args, trainer, stream)
+
+    if not checkpoint and (aside := set_aside(path)):
+        print(f"Kept:   the checkpoint of an earlier run, as {aside}")
+
+    def save(is_best: bool = False) -> None:
+        state = {
+            "format_version": FORMAT_VERSION,
+            "model_args": model_args(args),
+            "encoding": ENCODING,
+            "dataset": fingerprint,
+            "settings": settings(args),
+            **trainer.state_dict(),
+        }
+        save_checkpoint(path, state, is_best)
+
+    with StopSignal() as stop:
+        try:
+            train(args, trainer, stream, tests, stop, save)
+        except Interrupted as signal:
+            save()
+            print(f"Stopped after update {trainer.step}; saved as {path}. --resume goes on there.")
+            return 128 + signal.args[0]
+
+    conclude(args, trainer)
+
+    return 0
+
+
+def train(
+    args: Namespace,
+    trainer: Trainer,
+    stream: SampleStream,
+    tests: list[TestWindows],
+    stop: StopSignal,
+    save: Callable[..., None],
+) -> None:
+    """Run all epochs that are left, evaluating and saving at their intervals."""
+    metrics = MetricsFile(Path(args.metrics_path), trainer.metrics)
+
+    for epoch in range(len(trainer.metrics) + 1, args.num_epochs + 1):
+        is_last = epoch == args.num_epochs
+
+        trainer.train_epoch(step_loader(args, stream), epoch * steps_per_epoch(args), stop)
+
+        test_loss = None
+
+        if epoch % args.eval_interval == 0 or is_last:
+            losses = [trainer.evaluate(test.batches(args.batch_size), stop) for test in tests]
+            test_loss = sum(w * loss for w, loss in zip(stream.weights, losses, strict=True))
+
+        is_best = test_loss is not None and test_loss < trainer.best_test_loss
+        row = trainer.finish_epoch(
+            tokens_per_step(args), test_loss, trainer.model.flops_per_token(args.block_size)
+        )
+
+        metrics.add(row)
+        tqdm.write(describe_row(row, args.num_epochs))
+
+        if epoch % args.checkpoint_interval == 0 or is_best or is_last:
+            save(is_best)
+
+
+def step_loader(args: Namespace, stream: SampleStream) -> Callable[[int], Step]:
+    """Return a function that reads the micro-batches of an update by its number."""
+
+    def load(step: int) -> Step:
+        first = step * args.gradient_accumulation_steps
+        numbers = range(first, first + args.gradient_accumulation_steps)
+
+        return [(m, *stream.batch(m * args.batch_size, args.batch_size)) for m in numbers]
+
+    return load
+
+
+def steps_per_epoch(args: Namespace) -> int:
+    """Return the whole updates in an epoch; the stream of samples goes on behind them."""
+    return args.samples_per_epoch // (args.batch_size * args.gradient_accumulation_steps)
+
+
+def tokens_per_step(args: Namespace) -> int:
+    return args.batch_size * args.gradient_accumulation_steps * args.block_size
+
+
+def build_schedule(args: Namespace) -> Schedule:
+    total_steps = args.num_epochs * steps_per_epoch(args)
+    warmup_steps = args.warmup_steps
+
+    if warmup_steps is None:
+        warmup_steps = 0 if args.lr_schedule == "constant" else min(1000, total_steps // 20)
+
+    return Schedule(
+        args.lr_schedule, args.learning_rate, args.min_learning_rate, warmup_steps, total_steps
+    )
+
+
+def model_args(args: Namespace) -> dict:
+    """Return what decides the shapes of the weights, by the names of GPT's arguments."""
+    return {
+        "vocabulary_size": VOCABULARY_SIZE,
+        "block_size": args.block_size,
+        "embedding_dimensions": args.embedding_dimensions,
+        "num_attention_heads": args.num_attention_heads,
+        "num_hidden_layers": args.num_hidden_layers,
+        "bias": False,
+    }
+
+
+def settings(args: Namespace) -> dict:
+    return {flag: getattr(args, flag) for flag in FIXED_FLAGS + FREE_FLAGS}
+
+
+def check_resumable(args: Namespace, checkpoint: dict) -> None:
+    """Refuse another model or another order of samples; say what else has changed.
+
+    Raises:
+        CheckpointError: with both values of everything that differs and may not.
+    """
+    saved = {**checkpoint["settings"], **checkpoint["model_args"], "seed": checkpoint["seed"]}
+    saved["encoding"] = checkpoint["encoding"]
+    wanted = {**settings(args), **model_args(args), "encoding": ENCODING}
+    wanted["seed"] = saved["seed"] if args.seed is None else args.seed
+
+    changes = {
+        name: f"{name} {saved[name]} (saved) and {value} (given)"
+        for name, value in wanted.items()
+        if name in saved and saved[name] != value
+    }
+    refused = [text for name, text in changes.items() if name not in FREE_FLAGS]
+
+    if refused:
+        raise CheckpointError(
+            f"{args.checkpoint_path} belongs to another run: {'; '.join(refused)}."
+            " Give the flags of that run, or leave out --resume to begin a new one."
+        )
+
+    for text in changes.values():
+        print(f"Changed: {text}")
+
+
+def check_same_data(found: list, saved: list) -> None:
+    """Raise CheckpointError when the token files are not those that the run began with."""
+    if found != saved:
+        raise CheckpointError(
+            f"The data changed since the checkpoint was saved: {saved} then, {found} now."
+            " Restore the files, or leave out --resume to begin a new run."
+        )
+
+
+def describe(
+    args: Namespace, trainer: Trainer, datasets: list[TokenDataset], compiled: str
+) -> None:
+    """Print what is about to run, and what was chosen for it."""
+    tokens = args.num_epochs * steps_per_epoch(args) * tokens_per_step(args)
+    available = sum(len(dataset.train) for dataset in datasets)
+
+    for dataset in datasets:
+        print(
+            f"Data:   {dataset.name}, {len(dataset.train):,} tokens, {len(dataset.test):,} to test"
+        )
+
+    print(
+        f"Model:  {trainer.model.num_parameters:,} parameters, {args.num_hidden_layers} layers,"
+        f" {args.num_attention_heads} heads, {args.embedding_dimensions} dimensions,"
+        f" context {args.block_size}"
+    )
+    print(
+        f"Device: {trainer.device}, {trainer.precision}, {compiled},"
+        f" matrix products at {trainer.peak_rate / 1e12:.2f} TFLOP/s"
+    )
+    print(
+        f"Run:    {args.num_epochs} epochs of {steps_per_epoch(args)} updates of"
+        f" {tokens_per_step(args):,} tokens, {tokens / available:.2f} passes over the data,"
+        f" --seed={trainer.seed}"
+    )
+
+    if args.samples_per_epoch % (args.batch_size * args.gradient_accumulation_steps):
+        print("Note:   an epoch holds whole updates alone; its other samples open the next one")
+
+    if trainer.step:
+        print(f"Resume: epoch {len(trainer.metrics) + 1}, update {trainer.step}")
+
+
+def estimate(args: Namespace, trainer: Trainer, stream: SampleStream) -> int:
+    """Time a few micro-batches and print what the whole run would take."""
+    seconds = time_steps(trainer, step_loader(args, stream))
+    num_steps = args.num_epochs * steps_per_epoch(args) - trainer.step
+    rate = tokens_per_step(args) / seconds
+    utilization = rate * trainer.model.flops_per_token(args.block_size) / trainer.peak_rate
+
+    print(f"Memory: {peak_memory(trainer.device) / 1e9:.2f} GB at the peak of an update")
+    print(f"Speed:  {rate:,.0f} tokens/s, {utilization:.0%} of the matrix products' rate")
+    print(f"Time:   {seconds:.2f} s an update, {num_steps * seconds / 3600:,.2f} hours in all")
+
+    return 0
+
+
+def conclude(args: Namespace, trainer: Trainer) -> None:
+    """Say what was learned, and which command comes next."""
+    row = trainer.metrics[-1]
+
+    print(
+        f"Done:   {row['tokens']:,} tokens in {row['seconds'] / 60:.1f} minutes. Test loss"
+        f" {row['test_loss']:.3f} nats a token, from {math.log(VOCABULARY_SIZE):.3f} for a guess:"
+        f" as unsure as between {row['perplexity']:,.0f} tokens instead of {VOCABULARY_SIZE:,}."
+    )
+    print(f"Files:  {args.checkpoint_path}, {args.metrics_path}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,610 @@
+"""What the training scripts share: device and precision, optimizers and schedule, the pass over an
+epoch, evaluation, and the record of a run.
+
+Axes of the tensors: B samples, T tokens.
+"""
+
+import contextlib
+import csv
+import math
+import os
+import re
+import resource
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+# One step of an optimizer: numbered micro-batches of token ids and targets, int64 (B, T).
+# Targets below 0 have no loss.
+Step = list[tuple[int, Tensor, Tensor]]
+
+
+class TrainingError(Exception):
+    """What ends a run early; the message is one line for the user."""
+
+
+class Interrupted(Exception):
+    """A signal asked the run to end; its number is the only argument."""
+
+
+# --- Device and precision ---
+
+
+def resolve_device(name: str | None) -> torch.device:
+    """Turn `--device` into a device; None takes the best that there is.
+
+    Raises:
+        ValueError: when no such device is known.
+        TrainingError: when it is known but this machine has none.
+    """
+    if name is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+        raise ValueError(f"--device must be cuda, cuda:N, mps or cpu, {name} given")
+
+    device = torch.device(name)
+
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise TrainingError("--device: no CUDA device was found; --device=cpu runs without one.")
+
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device: {name} given, there are {torch.cuda.device_count()} GPUs")
+
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise TrainingError("--device: no MPS device was found; --device=cpu runs without one.")
+
+    return device
+
+
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def resolve_precision(device: torch.device) -> str:
+    """Return the precision, bf16, fp16 or fp32, that is fast on a device."""
+    if device.type == "cuda":
+        # Older cards run bf16 too, but in slow emulation.
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+
+    if device.type == "cpu":
+        # Nothing that a processor says of itself is as sure as a try: 6 times faster with matrix
+        # units, 4 times slower without.
+        rates = {name: matmul_rate(device, name) for name in ("bf16", "fp32")}
+
+        return "bf16" if rates["bf16"] > 1.5 * rates["fp32"] else "fp32"
+
+    return "fp32"
+
+
+def matmul_rate(device: torch.device, precision: str) -> float:
+    """Measure how many operations a second a matrix product reaches: the limit of training."""
+    size = 8192 if device.type == "cuda" else 1024
+    left, right = (
+        torch.randn(size, size, device=device).to(PRECISIONS[precision]) for _ in range(2)
+    )
+    seconds = []
+
+    for _ in range(5):
+        synchronize(device)
+        start = time.perf_counter()
+        left @ right
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+
+    return 2 * size**3 / min(seconds)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most memory in bytes that this process has had on the device so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+# --- Optimizers and schedule ---
+
+
+def build_optimizers(
+    model: nn.Module, name: str, weight_decay: float, device: torch.device
+) -> list[torch.optim.Optimizer]:
+    """Build AdamW for all weights, or Muon for the hidden matrices and AdamW for the rest.
+
+    Muon (Jordan et al. 2024) makes every update of a matrix nearly orthogonal, here at the root
+    mean square of an AdamW update (Liu et al. 2025), so that one learning rate serves both.
+    AdamW decays matrices only (Loshchilov and Hutter 2019).
+    """
+    embeddings = {
+        id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
+    }
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    hidden = [p for p in trained if p.ndim == 2 and id(p) not in embeddings]
+    optimizers = []
+
+    if name == "muon":
+        optimizers.append(
+            torch.optim.Muon(hidden, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        )
+        hidden = []
+
+    rest = [p for p in trained if p.ndim == 2 and id(p) in embeddings]
+    groups = [
+        {"params": hidden + rest, "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim != 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    fused = device.type in ("cpu", "cuda")
+
+    return [*optimizers, torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=fused)]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate of every step: a linear warm-up to the peak, then a decay to the minimum.
+
+    Args:
+        kind: `linear` or `cosine` decay, or `constant`.
+    """
+
+    kind: str
+    peak: float
+    minimum: float
+    warmup_steps: int
+    total_steps: int
+
+    def __call__(self, step: int) -> float:
+        if step < self.warmup_steps:
+            return self.peak * (step + 1) / (self.warmup_steps + 1)
+
+        if self.kind == "constant":
+            return self.peak
+
+        progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        progress = min(progress, 1.0)
+        remaining = (
+            1 - progress if self.kind == "linear" else (1 + math.cos(math.pi * progress)) / 2
+        )
+
+        return self.minimum + (self.peak - self.minimum) * remaining
+
+
+# --- Training and evaluation ---
+
+
+class StopSignal:
+    """Remember SIGTERM or SIGINT until it suits; the second one ends the process at once."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __enter__(self) -> "StopSignal":
+        self.number = None
+        self.previous = {number: signal.signal(number, self.handle) for number in self.SIGNALS}
+
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def handle(self, number: int, _) -> None:
+        if self.number is not None:
+            os._exit(128 + number)
+
+        self.number = number
+
+    def check(self) -> None:
+        """Raise Interrupted when a signal has come."""
+        if self.number is not None:
+            raise Interrupted(self.number)
+
+
+@dataclass
+class Trainer:
+    """All that a resumed run needs, and the moves that change it.
+
+    Args:
+        model: returns the mean loss per target in nats from ids and targets.
+        optimizers: together they step every trained weight once.
+        schedule: learning rate by the number of the step.
+        precision: bf16, fp16 or fp32.
+        seed: with the number of a micro-batch it decides every random number.
+    """
+
+    model: nn.Module
+    optimizers: list[torch.optim.Optimizer]
+    schedule: Schedule
+    device: torch.device
+    precision: str
+    seed: int
+    max_gradient_norm: float
+    # Operations a second of the device's matrix products, of which the metrics give the share.
+    peak_rate: float = math.nan
+
+    step: int = 0
+    # One dictionary an epoch, as in the metrics file.
+    metrics: list[dict] = field(default_factory=list)
+    # Sums over the steps of the epoch that is under way.
+    loss_sum: float = 0.0
+    norm_sum: float = 0.0
+    num_steps: int = 0
+    seconds: float = 0.0
+
+    def __post_init__(self):
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+
+    def train_epoch(
+        self, load_step: Callable[[int], Step], last_step: int, stop: StopSignal
+    ) -> None:
+        """Take the steps that the epoch still lacks, up to but not with last_step.
+
+        Args:
+            load_step: returns the micro-batches of a step by its number.
+
+        Raises:
+            Interrupted: when a signal has come; finished steps stand, the running one is dropped.
+            TrainingError: when the loss or the gradient is not finite; the weights are as before.
+        """
+        self.model.train()
+        description = f"Epoch {len(self.metrics) + 1}"
+        steps = range(self.step, last_step)
+        started, num_tokens = time.perf_counter(), 0
+
+        with tqdm(steps, desc=description, unit=" steps", leave=False) as progress:
+            for step in prefetch(load_step, steps, self.device):
+                begin = time.perf_counter()
+                loss, norm = self.take_step(step, stop)
+
+                self.loss_sum += loss
+                self.norm_sum += norm
+                self.num_steps += 1
+                self.seconds += time.perf_counter() - begin
+
+                num_tokens += sum(x.numel() for _, x, _ in step)
+                rate = num_tokens / (time.perf_counter() - started)
+                progress.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s", refresh=False)
+                progress.update()
+
+    def take_step(self, step: Step, stop: StopSignal) -> tuple[float, float]:
+        """Update the weights once from all micro-batches; return loss and gradient norm."""
+        loss = self.accumulate_gradient(step, stop)
+
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+            for group in optimizer.param_groups:
+                group["lr"] = self.schedule(self.step)
+
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_gradient_norm)
+        # The only wait for the device in a step.
+        loss, norm = torch.stack([loss, norm]).tolist()
+        self.check_finite(loss, norm)
+
+        for optimizer in self.optimizers:
+            self.scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
+
+        self.scaler.update()
+        self.step += 1
+
+        return loss, norm
+
+    def accumulate_gradient(self, step: Step, stop: StopSignal) -> Tensor:
+        """Add up the gradient of the mean loss over all targets of a step; return that loss."""
+        counts = [int((y >= 0).sum()) for _, _, y in step]
+        num_targets = max(1, sum(counts))
+        total = torch.zeros((), device=self.device)
+
+        for (number, x, y), count in zip(step, counts, strict=True):
+            if stop.number is not None:
+                self.model.zero_grad(set_to_none=True)
+                stop.check()
+
+            torch.manual_seed(random_seed(self.seed, number))
+
+            x, y = (part.to(self.device, non_blocking=True) for part in (x, y))
+
+            with autocast(self.device, self.precision):
+                loss = self.model(x, y) * (count / num_targets)
+
+            self.scaler.scale(loss).backward()
+            total += loss.detach()
+
+        return total
+
+    def check_finite(self, loss: float, norm: float) -> None:
+        """Raise TrainingError unless loss and gradient may reach the optimizers."""
+        # In fp16 an overflowing gradient is normal: the scaler skips the step and scales less.
+        tolerable = self.scaler.is_enabled() and self.scaler.get_scale() > 1.0
+
+        if math.isfinite(loss) and (math.isfinite(norm) or tolerable):
+            return
+
+        self.model.zero_grad(set_to_none=True)
+
+        raise TrainingError(
+            f"Loss {loss} and gradient norm {norm} in epoch {len(self.metrics) + 1}, step"
+            f" {self.step}; the weights were not changed. Go on with --resume and a lower"
+            " --learning_rate, or with --precision=fp32."
+        )
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]], stop: StopSignal) -> float:
+        """Return the mean loss in nats per target; no state of training changes.
+
+        Raises:
+            Interrupted: when a signal has come.
+        """
+        self.model.eval()
+        total, num_targets = torch.zeros((), device=self.device), 0
+
+        for x, y in tqdm(batches, desc="Testing", unit=" batches", leave=False):
+            stop.check()
+            count = int((y >= 0).sum())
+            x, y = x.to(self.device), y.to(self.device)
+
+            with autocast(self.device, self.precision):
+                total += self.model(x, y) * count
+
+            num_targets += count
+
+        return total.item() / num_targets
+
+    def finish_epoch(self, tokens_per_step: int, test_loss: float | None, flops: float) -> dict:
+        """Close the epoch that is under way and return its row of the metrics file.
+
+        Args:
+            flops: the operations that training on one token takes.
+        """
+        rate = self.num_steps * tokens_per_step / self.seconds
+        row = {
+            "epoch": len(self.metrics) + 1,
+            "step": self.step,
+            "tokens": self.step * tokens_per_step,
+            "train_loss": self.loss_sum / self.num_steps,
+            "test_loss": test_loss,
+            "perplexity": None if test_loss is None else math.exp(min(test_loss, 700.0)),
+            "gradient_norm": self.norm_sum / self.num_steps,
+            "learning_rate": self.schedule(self.step - 1),
+            "tokens_per_second": rate,
+            "mfu": rate * flops / self.peak_rate,
+            "seconds": self.seconds + (self.metrics[-1]["seconds"] if self.metrics else 0.0),
+        }
+
+        self.metrics.append(row)
+        self.loss_sum = self.norm_sum = self.seconds = 0.0
+        self.num_steps = 0
+
+        return row
+
+    @property
+    def best_test_loss(self) -> float:
+        losses = [row["test_loss"] for row in self.metrics if row["test_loss"] is not None]
+
+        return min(losses, default=math.inf)
+
+    def state_dict(self) -> dict:
+        """Return all that a resumed run needs, as tensors, strings and plain numbers."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": [optimizer.state_dict() for optimizer in self.optimizers],
+            "scaler": self.scaler.state_dict(),
+            "position": self.step,
+            "seed": self.seed,
+            "precision": self.precision,
+            "metrics": self.metrics,
+            "epoch": [self.loss_sum, self.norm_sum, self.num_steps, self.seconds],
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go back to where state_dict was taken; state may live on any device.
+
+        Raises:
+            TrainingError: when weights or optimizers are not those of this run.
+        """
+        check_state(self.model.state_dict(), state["model"])
+
+        if len(state["optimizer"]) != len(self.optimizers):
+            raise TrainingError("The checkpoint comes from another --optimizer.")
+
+        self.model.load_state_dict(state["model"])
+
+        for optimizer, optimizer_state in zip(self.optimizers, state["optimizer"], strict=True):
+            optimizer.load_state_dict(optimizer_state)
+
+        self.scaler.load_state_dict(state["scaler"])
+        self.step = state["position"]
+        self.metrics = state["metrics"]
+        self.loss_sum, self.norm_sum, self.num_steps, self.seconds = state["epoch"]
+
+
+def autocast(device: torch.device, precision: str):
+    if precision == "fp32":
+        return contextlib.nullcontext()
+
+    return torch.autocast(device.type, PRECISIONS[precision])
+
+
+def random_seed(*key: int) -> int:
+    """Derive a seed from numbers: equal keys give equal seeds, others unrelated ones."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) >> 1
+
+
+def prefetch(
+    load_step: Callable[[int], Step], steps: Iterable[int], device: torch.device
+) -> Iterator[Step]:
+    """Yield the micro-batches of each step, loading the next while the last is worked on."""
+
+    def load(number: int) -> Step:
+        step = load_step(number)
+
+        if device.type != "cuda":
+            return step
+
+        return [(m, x.pin_memory(), y.pin_memory()) for m, x, y in step]
+
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        pending = None
+
+        for number in steps:
+            upcoming = pool.submit(load, number)
+
+            if pending is not None:
+                yield pending.result()
+
+            pending = upcoming
+
+        if pending is not None:
+            yield pending.result()
+
+
+def check_state(expected: dict[str, Tensor], given: dict[str, Tensor]) -> None:
+    """Raise TrainingError unless names and shapes of two sets of weights are the same."""
+    missing = sorted(expected.keys() - given.keys())
+    foreign = sorted(given.keys() - expected.keys())
+
+    if missing or foreign:
+        raise TrainingError(
+            f"The checkpoint does not fit the model: missing {', '.join(missing[:3]) or 'nothing'},"
+            f" unknown {', '.join(foreign[:3]) or 'nothing'}."
+        )
+
+    for name, tensor in expected.items():
+        if tensor.shape != given[name].shape:
+            raise TrainingError(
+                f"The checkpoint does not fit the model: {name} has shape"
+                f" {tuple(given[name].shape)}, {tuple(tensor.shape)} is needed."
+            )
+
+
+def compile_model(model: nn.Module, device: torch.device) -> str:
+    """Compile a model in place if that works here; return what was chosen, for people."""
+    probe = torch.compile(lambda x: torch.nn.functional.gelu(x + 1))
+
+    try:
+        probe(torch.zeros(64, device=device))
+    except Exception as error:  # whatever a compiler that is missing or broken may raise
+        return f"not compiled ({first_sentence(error)})"
+
+    model.compile(dynamic=False)
+
+    return "compiled"
+
+
+def first_sentence(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+
+    return lines[0][:120] if lines else type(error).__name__
+
+
+# --- The record of a run ---
+
+
+class MetricsFile:
+    """The rows of a run as a CSV file and, where TensorBoard is installed, in `runs` beside it."""
+
+    COLUMNS = (
+        "epoch",
+        "step",
+        "tokens",
+        "train_loss",
+        "test_loss",
+        "perplexity",
+        "gradient_norm",
+        "learning_rate",
+        "tokens_per_second",
+        "mfu",
+        "seconds",
+    )
+
+    def __init__(self, path: Path, rows: list[dict]):
+        """Begin a file with the rows that a resumed run has behind it: none twice, none lost."""
+        temporary = path.with_name(f"{path.name}.tmp")
+
+        with open(temporary, "w", newline="") as file:
+            writer = csv.DictWriter(file, self.COLUMNS)
+            writer.writeheader()
+            writer.writerows(rows)
+
+        os.replace(temporary, path)
+
+        self.path = path
+        self.board = self.open_board(path.parent / "runs", len(rows))
+
+    @staticmethod
+    def open_board(folder: Path, num_rows: int):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return None
+
+        return SummaryWriter(folder, purge_step=num_rows + 1)
+
+    def add(self, row: dict) -> None:
+        with open(self.path, "a", newline="") as file:
+            csv.DictWriter(file, self.COLUMNS).writerow(row)
+
+        if self.board is not None:
+            for name, value in row.items():
+                if name != "epoch" and value is not None:
+                    self.board.add_scalar(name, value, row["epoch"])
+
+            self.board.flush()
+
+
+def describe_row(row: dict, num_epochs: int) -> str:
+    """Put a row of the metrics into one line for people."""
+    parts = [f"epoch {row['epoch']}/{num_epochs}", f"train loss {row['train_loss']:.3f}"]
+
+    if row["test_loss"] is not None:
+        parts += [f"test loss {row['test_loss']:.3f}", f"perplexity {row['perplexity']:,.1f}"]
+
+    parts += [
+        f"gradient norm {row['gradient_norm']:.2f}",
+        f"learning rate {row['learning_rate']:.1e}",
+        f"{row['tokens_per_second']:,.0f} tokens/s",
+    ]
+
+    return ", ".join(parts)
+
+
+def time_steps(trainer: Trainer, load_step: Callable[[int], Step]) -> float:
+    """Return the seconds that an optimizer step takes, from a few micro-batches and one update."""
+    micro_batches = load_step(trainer.step)
+    num_timed = min(3, len(micro_batches))
+    seconds = []
+
+    with StopSignal() as stop:
+        trainer.accumulate_gradient(micro_batches[:1], stop)
+
+        for micro_batch in micro_batches[:num_timed]:
+            synchronize(trainer.device)
+            start = time.perf_counter()
+            trainer.accumulate_gradient([micro_batch], stop)
+            synchronize(trainer.device)
+            seconds.append(time.perf_counter() - start)
+
+        trainer.model.zero_grad(set_to_none=True)
+        start = time.perf_counter()
+        trainer.take_step(micro_batches[:1], stop)
+        update = time.perf_counter() - start - statistics.median(seconds)
+
+    return statistics.median(seconds) * len(micro_batches) + max(0.0, update)
