@@ -372,13 +372,15 @@ def prepare(source: Source, folder: Path, num_processes: int) -> None:
     parts = folder / f"{source.name}.parts"
 
     try:
-        for test_share in TEST_SHARES:
-            shutil.rmtree(parts, ignore_errors=True)
-            parts.mkdir()
-            counts = tokenize_shards(source, parts, test_share, num_processes)
+        shutil.rmtree(parts, ignore_errors=True)
+        parts.mkdir()
+        test_share = TEST_SHARES[0]
+        counts = tokenize_shards(source, parts, test_share, num_processes)
 
-            if counts["test"]["tokens"] >= MIN_TEST_TOKENS:
-                break
+        if (share := sufficient_share(counts.pop("tokens_by_share"))) != test_share:
+            test_share = share
+            counts = tokenize_shards(source, parts, test_share, num_processes)
+            del counts["tokens_by_share"]
 
         for split in SPLITS:
             if not counts[split]["documents"]:
@@ -403,26 +405,46 @@ def prepare(source: Source, folder: Path, num_processes: int) -> None:
     write_whole(folder / f"{source.name}.json", json.dumps(sidecar, indent=2).encode())
 
 
+def sufficient_share(tokens_by_share: list[int]) -> float:
+    """Choose the first share of the documents that is enough to test on, else the largest."""
+    for share, tokens in zip(TEST_SHARES, tokens_by_share, strict=True):
+        if tokens >= MIN_TEST_TOKENS:
+            return share
+
+    return TEST_SHARES[-1]
+
+
 def tokenize_shards(source: Source, parts: Path, test_share: float, num_processes: int) -> dict:
     """Tokenize every shard of a source into part files, and add up what is in them.
 
     Returns:
-        For each split the numbers of documents and tokens.
+        What tokenize_shard returns, for all shards together.
     """
     num_shards = source.num_shards
     num_workers = min(num_processes, num_shards, os.cpu_count() or 1)
-    counts = {split: {"documents": 0, "tokens": 0} for split in SPLITS}
     work = functools.partial(tokenize_shard, source, parts, test_share)
+    totals = empty_counts()
 
     with tqdm(desc=f"Tokenizing {source.name}", unit=" tokens", unit_scale=True) as progress:
-        for shard_counts in map_in_processes(work, range(num_shards), num_workers):
+        for counts in map_in_processes(work, range(num_shards), num_workers):
             for split in SPLITS:
-                for key, count in shard_counts[split].items():
-                    counts[split][key] += count
+                for key, count in counts[split].items():
+                    totals[split][key] += count
 
-            progress.update(sum(shard_counts[split]["tokens"] for split in SPLITS))
+                progress.update(counts[split]["tokens"])
 
-    return counts
+            totals["tokens_by_share"] = [
+                sum(pair)
+                for pair in zip(totals["tokens_by_share"], counts["tokens_by_share"], strict=True)
+            ]
+
+    return totals
+
+
+def empty_counts() -> dict:
+    counts = {split: {"documents": 0, "tokens": 0} for split in SPLITS}
+
+    return {**counts, "tokens_by_share": [0] * len(TEST_SHARES)}
 
 
 def map_in_processes(work, items: Iterable, num_workers: int) -> Iterator:
@@ -444,9 +466,10 @@ def tokenize_shard(source: Source, parts: Path, test_share: float, shard: int) -
     """Write the tokens of one shard to its two part files.
 
     Returns:
-        For each split the numbers of documents and tokens.
+        For each split the numbers of documents and tokens, and under `tokens_by_share` the number
+        of tokens that each of TEST_SHARES would test on.
     """
-    counts = {split: {"documents": 0, "tokens": 0} for split in SPLITS}
+    counts = empty_counts()
 
     with (
         open(part_path(parts, "train", shard), "wb") as train_file,
@@ -456,12 +479,16 @@ def tokenize_shard(source: Source, parts: Path, test_share: float, shard: int) -
             if not text:
                 continue
 
-            split = "test" if place_hash(shard, row) < test_share else "train"
+            place = place_hash(shard, row)
+            split = "test" if place < test_share else "train"
             tokens = np.append(encode(text), TOKEN_TYPE.type(END_OF_TEXT))
 
             (test_file if split == "test" else train_file).write(tokens.tobytes())
             counts[split]["documents"] += 1
             counts[split]["tokens"] += len(tokens)
+
+            for i, share in enumerate(TEST_SHARES):
+                counts["tokens_by_share"][i] += len(tokens) * (place < share)
 
     return counts
 
@@ -673,7 +700,7 @@ class TestWindows:
         DataError: when not even one window fits.
     """
 
-    MAX_WINDOWS = 512
+    MAX_WINDOWS = 256
 
     def __init__(self, tokens: np.ndarray, block_size: int):
         available = (len(tokens) - 1) // block_size

@@ -238,19 +238,23 @@ def linear_cross_entropy(z: Tensor, weight: Tensor, y: Tensor, vocabulary_size: 
     device = z.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
-    return LinearCrossEntropy.apply(z.flatten(0, 1), weight, y.flatten(), vocabulary_size, dtype)
+    needs_gradient = torch.is_grad_enabled() and (z.requires_grad or weight.requires_grad)
+
+    return LinearCrossEntropy.apply(
+        z.flatten(0, 1), weight, y.flatten(), vocabulary_size, dtype, needs_gradient
+    )
 
 
 class LinearCrossEntropy(torch.autograd.Function):
     """The gradients are made together with the loss, while the logits of a chunk are at hand.
 
-    For one position with logits l = W z and target t: loss = log(sum(exp(l))) - l_t,
-    d loss / d l = softmax(l) - onehot(t) = g, d loss / d z = g W, and d loss / d W = g^T z.
+    For one position with logits l = W z, target t and any shift m, let e = exp(l - m) and
+    s = sum(e). Then loss = log(s) + m - l_t and d loss / d l = (e - s onehot(t)) / s = g / s, so
+    d loss / d z = g W / s and d loss / d W = g^T (z / s): nothing V wide has to be divided.
     """
 
     @staticmethod
-    def forward(ctx, z, weight, y, vocabulary_size, dtype):
-        needs_gradient = any(ctx.needs_input_grad[:2])
+    def forward(ctx, z, weight, y, vocabulary_size, dtype, needs_gradient):
         # On a CPU 128 rows of 50,304 logits stay below the size (32 MiB) from which the allocator
         # returns memory to the system, to pay for it again in page faults at the next chunk.
         chunk_size = 128 if z.device.type == "cpu" else 2048
@@ -262,23 +266,25 @@ class LinearCrossEntropy(torch.autograd.Function):
 
         for start in range(0, len(z), chunk_size):
             rows = slice(start, start + chunk_size)
-            is_target = y[rows] >= 0  # (n)
+            has_target = (y[rows] >= 0)[:, None]  # (n, 1)
             targets = y[rows].clamp(min=0)[:, None]  # (n, 1)
 
             logits = (z_low[rows] @ weight_low.T).float()  # (n, V)
             logits[:, vocabulary_size:] = -math.inf
-            normalizer = logits.logsumexp(dim=-1, keepdim=True)  # (n, 1)
-            losses = (normalizer - logits.gather(1, targets)).squeeze(1)  # (n)
-            loss += losses.where(is_target, 0.0).sum()
+            shift = logits.amax(dim=-1, keepdim=True)  # (n, 1)
+            target_logits = logits.gather(1, targets)  # (n, 1)
+            g = logits.sub_(shift).exp_()  # (n, V)
+            total = g.sum(dim=-1, keepdim=True)  # (n, 1)
+
+            loss += (total.log() + shift - target_logits).where(has_target, 0.0).sum()
 
             if needs_gradient:
-                g = logits.sub_(normalizer).exp_()  # (n, V)
-                g.scatter_add_(1, targets, g.new_full(targets.shape, -1.0))
+                g.scatter_add_(1, targets, -total)
                 g_low = g.to(dtype)
+                scale = has_target / total  # (n, 1)
 
-                # Rows without a target are dropped here, where they are D wide and not V wide.
-                dz[rows] = (g_low @ weight_low) * is_target[:, None]
-                add_product(dweight, g_low.T, z_low[rows] * is_target[:, None])
+                dz[rows] = (g_low @ weight_low) * scale
+                add_product(dweight, g_low.T, (z[rows] * scale).to(dtype))
 
         count = (y >= 0).sum().clamp(min=1)
 
@@ -295,7 +301,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         z_dtype, weight_dtype = ctx.dtypes
         scale = grad_output / count
 
-        return dz.mul(scale).to(z_dtype), dweight.mul_(scale).to(weight_dtype), None, None, None
+        return (dz * scale).to(z_dtype), dweight.mul_(scale).to(weight_dtype), *[None] * 4
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
