@@ -4,10 +4,12 @@ A file is written under a temporary name in its folder, forced to the disk and r
 bytes are a checksum. The last file, the one before and the best by test loss stay side by side.
 """
 
+import errno
 import hashlib
 import io
 import math
 import os
+import shutil
 import struct
 import time
 from collections.abc import Iterable
@@ -42,15 +44,22 @@ def check_writable(path: Path) -> None:
     """Make the folder of an output file, and prove that a file can be written there.
 
     Raises:
-        OSError: when that cannot be.
+        CheckpointError: when that cannot be.
     """
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder, a file is needed.")
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "Is a directory")
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Also what a killed run has left.
-    temporary_path(path).write_bytes(b"")
-    temporary_path(path).unlink()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary_path(path).write_bytes(b"")
+
+        # Also what a killed run has left.
+        for name in (path, previous_path(path), best_path(path)):
+            temporary_path(name).unlink(missing_ok=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be written: {error.strerror}. Choose another path."
+        ) from error
 
 
 def save_checkpoint(path: Path, state: dict, is_best: bool = False) -> None:
@@ -59,28 +68,45 @@ def save_checkpoint(path: Path, state: dict, is_best: bool = False) -> None:
     The file is a zip archive as torch.save writes it; its comment is the sha256 of all before it.
 
     Raises:
-        OSError: when it cannot be written; the files that were there are untouched.
+        CheckpointError: when it cannot be written; the files that were there are untouched.
     """
     temporary = temporary_path(path)
 
     try:
         with open(temporary, "w+b") as file:
-            torch.save(state, file)
+            write_archive(file, state)
             append_checksum(file)
             file.flush()
             os.fsync(file.fileno())
 
         if path.exists():
-            replace_by_link(path, previous_path(path))
+            duplicate(path, previous_path(path))
 
         os.replace(temporary, path)
+
+        if is_best:
+            duplicate(path, best_path(path))
+
+        sync_folder(path.parent)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} could not be saved: {error.strerror}. Earlier checkpoints are untouched;"
+            " make room, then go on with --resume."
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 
-    if is_best:
-        replace_by_link(path, best_path(path))
 
-    sync_folder(path.parent)
+def write_archive(file: io.BufferedRandom, state: dict) -> None:
+    """Write a state as torch.save does, and raise OSError where that hides one."""
+    try:
+        torch.save(state, file)
+    except RuntimeError as error:
+        # When a write fails, closing the archive fails in turn, and that is what comes out.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+
+        raise
 
 
 def append_checksum(file: io.BufferedRandom) -> None:
@@ -105,16 +131,19 @@ def hash_bytes(file: io.BufferedIOBase, size: int | None = None) -> str:
     return digest.hexdigest()
 
 
-def replace_by_link(source: Path, target: Path) -> None:
-    """Make target a second name of source, at no moment absent."""
+def duplicate(source: Path, target: Path) -> None:
+    """Make target a second link to source, or a copy of it; at no moment is target absent."""
     temporary = temporary_path(target)
     temporary.unlink(missing_ok=True)
 
     try:
         os.link(source, temporary)
-        os.replace(temporary, target)
-    except OSError:  # a file system without links
-        os.replace(source, target)
+    except OSError:
+        shutil.copyfile(source, temporary)
+
+    os.replace(temporary, target)
+    # Renaming does nothing where both names are links to one file already.
+    temporary.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

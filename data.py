@@ -172,7 +172,10 @@ class HubDataset:
         try:
             return self.stream.num_shards
         except Exception as error:  # the client raises dozens of types
-            raise DataError(f"{self.description} cannot be read: {first_line(error)}") from error
+            raise DataError(
+                f"{self.description} cannot be read from the Hub: {first_line(error)}"
+                " (--dataset=stdlib or a folder of your own needs no network)."
+            ) from error
 
     def documents(self, shard: int) -> Iterator[str]:
         for row in self.stream.shard(self.num_shards, shard):
@@ -208,7 +211,7 @@ def parse_source(value: str) -> tuple[Source, float | None]:
     if value == "stdlib":
         return StandardLibrary(), weight
 
-    if Path(value).exists():
+    if value and Path(value).exists():
         return TextFiles(Path(value)), weight
 
     if match := re.fullmatch(r"(\w[\w.-]*/[\w.-]+)(?::([\w.-]+))?", value):
@@ -216,7 +219,8 @@ def parse_source(value: str) -> tuple[Source, float | None]:
         return HubDataset(match[1], match[2], name), weight
 
     raise ValueError(
-        f"{value} is neither openwebtext, stdlib, an existing file or folder, nor owner/name"
+        f"{value or 'nothing'} is neither openwebtext, stdlib, a file or folder that is there,"
+        " nor owner/name"
     )
 
 
@@ -693,7 +697,7 @@ def split_windows(windows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
-class TestWindows:
+class EvaluationWindows:
     """Fixed, evenly spaced windows of a test split: the same ones at every evaluation.
 
     Raises:

@@ -261,7 +261,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
         z_low, weight_low = z.to(dtype), weight.to(dtype)  # (N, D), (V, D)
         loss = torch.zeros((), device=z.device)
-        dz = torch.empty_like(z_low) if needs_gradient else None
+        dz = torch.empty_like(z, dtype=torch.float32) if needs_gradient else None
         dweight = torch.zeros_like(weight, dtype=torch.float32) if needs_gradient else None
 
         for start in range(0, len(z), chunk_size):

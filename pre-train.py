@@ -36,8 +36,8 @@ from data import (
     ENCODING,
     VOCABULARY_SIZE,
     DataError,
+    EvaluationWindows,
     SampleStream,
-    TestWindows,
     TokenDataset,
     load_or_prepare,
     parse_source,
@@ -440,7 +440,7 @@ def run(args: Namespace, given: set[str], sources: list, device: torch.device) -
     ]
     weights = resolve_weights([w for _, w in sources], [len(d.train) for d in datasets])
     stream = SampleStream([d.train for d in datasets], weights, args.block_size, seed)
-    tests = [TestWindows(dataset.test, args.block_size) for dataset in datasets]
+    tests = [EvaluationWindows(dataset.test, args.block_size) for dataset in datasets]
     fingerprint = [[d.name, w, d.fingerprint] for d, w in zip(datasets, weights, strict=True)]
 
     torch.manual_seed(seed)
@@ -493,7 +493,7 @@ def train(
     args: Namespace,
     trainer: Trainer,
     stream: SampleStream,
-    tests: list[TestWindows],
+    tests: list[EvaluationWindows],
     stop: StopSignal,
     save: Callable[..., None],
 ) -> None:

@@ -1,0 +1,154 @@
+"""Text, small command lines and ways to run them, for all tests."""
+
+import importlib
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+WORDS = ("the", "a", "cat", "dog", "runs", "eats", "sees", "in", "house", "garden", "it", "was")
+
+
+def write_documents(folder: Path, num_documents: int, num_words: int = 60) -> None:
+    generator = random.Random(0)
+
+    for number in range(num_documents):
+        text = " ".join(generator.choices(WORDS, k=num_words))
+        (folder / f"{number:03d}.txt").write_text(text)
+
+
+@pytest.fixture(scope="session")
+def text_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    write_documents(folder, 80)
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dataset_path(tmp_path_factory):
+    """One folder of token files for all runs: the text is prepared once."""
+    return tmp_path_factory.mktemp("dataset")
+
+
+@pytest.fixture
+def small(text_folder, dataset_path, tmp_path):
+    """Return a function that builds the command line of a run of seconds: 3 epochs of 3 updates."""
+
+    def build(*extra: str, out: Path = tmp_path, dataset: Path = text_folder) -> list[str]:
+        return [
+            f"--dataset={dataset}",
+            f"--dataset_path={dataset_path}",
+            f"--checkpoint_path={out / 'checkpoint.pt'}",
+            f"--metrics_path={out / 'metrics.csv'}",
+            "--block_size=16",
+            "--embedding_dimensions=16",
+            "--num_attention_heads=2",
+            "--num_hidden_layers=2",
+            "--batch_size=2",
+            "--gradient_accumulation_steps=2",
+            "--samples_per_epoch=12",
+            "--num_epochs=3",
+            "--eval_interval=2",
+            "--checkpoint_interval=1",
+            "--device=cpu",
+            "--precision=fp32",
+            "--compile=False",
+            "--seed=7",
+            *extra,
+        ]
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def pre_train():
+    return importlib.import_module("pre-train")
+
+
+@pytest.fixture
+def error_of(pre_train, capsys):
+    """Return a function that runs a command line which fails, and checks how it tells it.
+
+    Gives the exit status and the only line on standard error.
+    """
+
+    def run(argv: list[str]) -> tuple[int, str]:
+        try:
+            status = pre_train.main(argv)
+        except SystemExit as exit_:
+            status = exit_.code
+
+        lines = [line for line in capsys.readouterr().err.split("\n") if "error:" in line]
+        assert len(lines) == 1
+        assert lines[0].startswith("error: ")
+
+        return status, lines[0]
+
+    return run
+
+
+PROLOGUE = f"""
+import importlib, os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import checkpoint, data, training
+script = importlib.import_module("pre-train")
+"""
+
+
+def launch(argv: list[str], patch: str = "", env: dict | None = None) -> subprocess.Popen:
+    """Start pre-train.py in a process of its own, after Python statements that inject a fault."""
+    code = f"{PROLOGUE}\n{patch}\nif __name__ == '__main__': sys.exit(script.main({argv!r}))"
+
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})},
+    )
+
+
+def finish(process: subprocess.Popen, timeout: float = 120) -> tuple[int, str, str]:
+    """Wait for a process; return its status, standard output and standard error."""
+    output, errors = process.communicate(timeout=timeout)
+
+    return process.returncode, output, errors
+
+
+def assert_same_run(left: Path, right: Path) -> None:
+    """Compare two checkpoints in all that decides how a run goes on, bit for bit."""
+    left, right = (torch.load(path, weights_only=True) for path in (left, right))
+
+    for key in ("position", "seed", "model_args", "scaler", "precision"):
+        assert left[key] == right[key], key
+
+    assert_same(left["model"], right["model"])
+    assert_same(left["optimizer"], right["optimizer"])
+
+    for row, other in zip(left["metrics"], right["metrics"], strict=True):
+        for key in row.keys() - {"tokens_per_second", "mfu", "seconds"}:
+            assert row[key] == other[key], key
+
+
+def assert_same(left, right) -> None:
+    if isinstance(left, torch.Tensor):
+        assert left.dtype == right.dtype
+        assert torch.equal(left, right)
+    elif isinstance(left, dict):
+        assert left.keys() == right.keys()
+        for key in left:
+            assert_same(left[key], right[key])
+    elif isinstance(left, list | tuple):
+        assert len(left) == len(right)
+        for pair in zip(left, right, strict=True):
+            assert_same(*pair)
+    else:
+        assert left == right

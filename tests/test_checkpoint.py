@@ -1,0 +1,270 @@
+"""Checkpoints: whole or absent, whatever happens to the process or to the file."""
+
+import errno
+import os
+import pickle
+import random
+import struct
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import finish, launch
+
+from checkpoint import (
+    CheckpointError,
+    best_path,
+    check_writable,
+    load_checkpoint,
+    previous_path,
+    save_checkpoint,
+    set_aside,
+    temporary_path,
+)
+
+
+def state_of(number: int) -> dict:
+    generator = torch.Generator().manual_seed(number)
+
+    return {
+        "format_version": 1,
+        "model": {"weight": torch.randn(64, 64, generator=generator)},
+        "position": number,
+        "metrics": [{"test_loss": None, "train_loss": 0.5}],
+    }
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, state_of(1))
+
+    return path
+
+
+def load(path: Path) -> dict:
+    return load_checkpoint(path, ["model", "position"])
+
+
+def files_in(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir())
+
+
+def test_what_is_saved_is_loaded(path):
+    state = load(path)
+
+    assert torch.equal(state["model"]["weight"], state_of(1)["model"]["weight"])
+    assert {**state, "model": None} == {**state_of(1), "model": None}
+    assert files_in(path.parent) == ["checkpoint.pt"]
+
+
+def test_checkpoint_stays_an_ordinary_file_of_torch(path):
+    assert torch.load(path, weights_only=True)["position"] == 1
+    assert torch.load(path, weights_only=True, mmap=True)["position"] == 1
+    assert zipfile.ZipFile(path).testzip() is None
+
+
+def test_last_previous_and_best_stay_side_by_side(path):
+    save_checkpoint(path, state_of(2), is_best=True)
+    save_checkpoint(path, state_of(3))
+
+    assert [load(p)["position"] for p in (path, previous_path(path), best_path(path))] == [3, 2, 2]
+    assert files_in(path.parent) == ["checkpoint.best.pt", "checkpoint.previous.pt", path.name]
+
+
+def test_file_system_without_links(path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    save_checkpoint(path, state_of(2), is_best=True)
+
+    assert [load(p)["position"] for p in (path, previous_path(path), best_path(path))] == [2, 1, 2]
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.999])
+def test_truncated_file_is_refused(path, share):
+    save_checkpoint(path, state_of(2))
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+
+    with pytest.raises(CheckpointError, match=r"is damaged.*checkpoint\.previous\.pt is there"):
+        load(path)
+
+    assert load(previous_path(path))["position"] == 1
+
+
+def test_empty_file_is_refused(path):
+    path.write_bytes(b"")
+
+    with pytest.raises(CheckpointError, match="is damaged"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [bytes(5000), b"<!DOCTYPE html><html>404</html>" * 50, struct.pack("<2000H", *range(2000))],
+    ids=["zeros", "html", "tokens"],
+)
+def test_foreign_file_is_refused(path, content):
+    path.write_bytes(content)
+
+    with pytest.raises(CheckpointError, match="is not a checkpoint"):
+        load(path)
+
+
+def test_every_flipped_bit_is_caught(path):
+    content = path.read_bytes()
+    generator = random.Random(0)
+    places = {generator.randrange(len(content)) for _ in range(100)} | {0, len(content) - 1}
+
+    for place in places:
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << generator.randrange(8)
+        path.write_bytes(damaged)
+
+        with pytest.raises(CheckpointError, match=r"is damaged|is not a checkpoint"):
+            load(path)
+
+    path.write_bytes(content)
+    assert load(path)["position"] == 1
+
+
+class Payload:
+    def __init__(self, target: Path):
+        self.target = target
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.target}",)
+
+
+def test_code_in_a_file_is_never_run(path, tmp_path):
+    target = tmp_path / "payload"
+    save_checkpoint(path, {**state_of(1), "extra": Payload(target)})
+
+    with pytest.raises(CheckpointError, match="is not a checkpoint of this project") as failure:
+        load(path)
+
+    path.write_bytes(pickle.dumps(Payload(target)))
+
+    with pytest.raises(CheckpointError, match="is not a checkpoint"):
+        load(path)
+
+    assert not target.exists()
+    assert "weights_only" not in str(failure.value)
+
+    # The control: the payload would have worked.
+    pickle.loads(path.read_bytes())
+    assert target.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop("format_version"), "no format_version"),
+        (lambda state: state.update(format_version=2), "has format 2, this version reads 1"),
+        (lambda state: state.pop("position"), "it has no position"),
+    ],
+)
+def test_checkpoint_of_another_kind_is_refused(path, change, message):
+    state = state_of(1)
+    change(state)
+    save_checkpoint(path, state)
+
+    with pytest.raises(CheckpointError, match=message):
+        load(path)
+
+
+def test_bare_weights_are_refused(path):
+    save_checkpoint(path, torch.randn(3))
+
+    with pytest.raises(CheckpointError, match="no format_version"):
+        load(path)
+
+
+def test_missing_file_and_folder_are_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="There is no checkpoint at"):
+        load(tmp_path / "checkpoint.pt")
+
+    with pytest.raises(CheckpointError, match="There is no checkpoint at"):
+        load(tmp_path)
+
+
+def test_full_disk_leaves_everything_as_it_was(path):
+    """A limit on the size of files stands for the disk; it takes a process of its own."""
+    before = path.read_bytes()
+    patch = f"""
+import resource, torch
+from pathlib import Path
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    checkpoint.save_checkpoint(Path({str(path)!r}), {{"format_version": 1, "x": torch.randn(9999)}})
+except checkpoint.CheckpointError as error:
+    print(error)
+sys.exit()
+"""
+    status, output, _ = finish(launch([], patch))
+
+    assert status == 0
+    assert "could not be saved: File too large. Earlier checkpoints are untouched" in output
+    assert path.read_bytes() == before
+    assert files_in(path.parent) == [path.name]
+
+
+@pytest.mark.parametrize("place", ["torch.save", "os.fsync", "os.link", "os.replace"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_killed_while_saving(path, place, when):
+    """SIGKILL in front of and behind every move of a save."""
+    module, name = place.split(".")
+    patch = f"""
+import torch
+from pathlib import Path
+path = Path({str(path)!r})
+real = {module}.{name}
+def move(*args, **kwargs):
+    if {when == "after"}: real(*args, **kwargs)
+    os.kill(os.getpid(), signal.SIGKILL)
+{module}.{name} = move
+checkpoint.save_checkpoint(path, {{"format_version": 1, "model": {{}}, "position": 2}})
+"""
+    status, _, _ = finish(launch([], patch))
+
+    assert status == -9
+    assert load(path)["position"] in (1, 2)
+
+    check_writable(path)
+    save_checkpoint(path, state_of(3))
+    assert load(path)["position"] == 3
+    assert set(files_in(path.parent)) <= {path.name, previous_path(path).name}
+
+
+def test_output_folder_is_made_and_proved(tmp_path):
+    path = tmp_path / "a" / "b" / "checkpoint.pt"
+    check_writable(path)
+
+    assert files_in(path.parent) == []
+
+    (tmp_path / "file").write_text("")
+
+    with pytest.raises(CheckpointError, match=r"file/checkpoint\.pt cannot be written: (Not|File)"):
+        check_writable(tmp_path / "file" / "checkpoint.pt")
+
+    with pytest.raises(CheckpointError, match="cannot be written: Is a directory"):
+        check_writable(tmp_path)
+
+
+def test_what_a_killed_run_has_left_is_removed(path):
+    temporary_path(path).write_bytes(b"half")
+    check_writable(path)
+
+    assert files_in(path.parent) == [path.name]
+
+
+def test_earlier_run_is_set_aside(path):
+    aside = set_aside(path)
+
+    assert not path.exists()
+    assert load(aside)["position"] == 1
+    assert set_aside(path) is None

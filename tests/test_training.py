@@ -1,0 +1,378 @@
+"""The moves of training against plain PyTorch."""
+
+import copy
+import math
+import os
+import signal
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import training
+from model import GPT
+from training import (
+    Interrupted,
+    MetricsFile,
+    Schedule,
+    StopSignal,
+    Trainer,
+    TrainingError,
+    build_optimizers,
+    prefetch,
+    random_seed,
+    resolve_device,
+    resolve_precision,
+)
+
+CPU = torch.device("cpu")
+
+
+class Line(nn.Module):
+    """The smallest model with a loss: logits of 5 classes for each of 5 ids."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Linear(5, 5)
+
+    def forward(self, x, y):
+        logits = self.table(F.one_hot(x, 5).float())
+        return F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=-100)
+
+
+def make_trainer(model=None, precision="fp32", learning_rate=0.1, **kwargs) -> Trainer:
+    torch.manual_seed(0)
+    model = model or Line()
+    schedule = Schedule("constant", learning_rate, 0.0, 0, 10)
+    optimizers = build_optimizers(model, "adamw", 0.1, CPU)
+
+    return Trainer(model, optimizers, schedule, CPU, precision, 1, 1.0, **kwargs)
+
+
+def make_step(num_batches=3, first=0):
+    generator = torch.Generator().manual_seed(first)
+
+    return [
+        (
+            first + i,
+            torch.randint(5, (2, 4), generator=generator),
+            torch.randint(5, (2, 4), generator=generator),
+        )
+        for i in range(num_batches)
+    ]
+
+
+@pytest.fixture
+def stop():
+    with StopSignal() as stop:
+        yield stop
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
+def test_schedule(kind):
+    schedule = Schedule(kind, peak=1.0, minimum=0.1, warmup_steps=4, total_steps=104)
+    rates = [schedule(step) for step in range(105)]
+
+    assert rates[:4] == [0.2, 0.4, 0.6, 0.8]
+    assert rates[4] == 1.0
+    middle = {"linear": 0.55, "cosine": 0.55, "constant": 1.0}[kind]
+    assert rates[54] == pytest.approx(middle)
+    assert rates[29] == pytest.approx(
+        {"linear": 0.775, "cosine": 0.1 + 0.9 * (2 + math.sqrt(2)) / 4, "constant": 1.0}[kind]
+    )
+    assert rates[104] == pytest.approx(1.0 if kind == "constant" else 0.1)
+    assert schedule(9999) == rates[104]
+
+
+def test_every_weight_has_one_optimizer_and_only_matrices_decay():
+    model = GPT(300, 8, 16, 2, 2, bias=True)
+    names = {id(p): name for name, p in model.named_parameters()}
+
+    for optimizer in ("adamw", "muon"):
+        optimizers = build_optimizers(model, optimizer, 0.1, CPU)
+        groups = [group for each in optimizers for group in each.param_groups]
+        found = sorted(names[id(p)] for group in groups for p in group["params"])
+        undecayed = {
+            names[id(p)] for group in groups if not group["weight_decay"] for p in group["params"]
+        }
+
+        assert found == sorted(names.values())
+        assert undecayed == {name for name, p in model.named_parameters() if p.ndim == 1}
+
+    muon, _ = optimizers
+    assert {names[id(p)] for p in muon.param_groups[0]["params"]} == {
+        name for name, p in model.named_parameters() if p.ndim == 2 and name.startswith("blocks")
+    }
+
+
+def test_frozen_weights_have_no_optimizer():
+    model = GPT(300, 8, 16, 2, 1)
+    model.token_embeddings.requires_grad_(False)
+    groups = build_optimizers(model, "adamw", 0.1, CPU)[0].param_groups
+
+    assert all(p.requires_grad for group in groups for p in group["params"])
+
+
+def test_accumulated_gradient_is_that_of_the_whole_batch(stop):
+    """Also where micro-batches have different numbers of targets."""
+    step = make_step()
+    step[0][2][0] = -100
+    step[2][2][1, 3] = -100
+    trainer = make_trainer()
+    loss = trainer.accumulate_gradient(step, stop)
+    given = [p.grad.clone() for p in trainer.model.parameters()]
+
+    trainer.model.zero_grad()
+    whole = trainer.model(torch.cat([x for _, x, _ in step]), torch.cat([y for _, _, y in step]))
+    whole.backward()
+
+    torch.testing.assert_close(loss, whole.detach())
+    for gradient, parameter in zip(given, trainer.model.parameters(), strict=True):
+        torch.testing.assert_close(gradient, parameter.grad)
+
+
+def test_step_equals_plain_pytorch(stop):
+    trainer, plain = make_trainer(), make_trainer().model
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [plain.table.weight], "weight_decay": 0.1},
+            {"params": [plain.table.bias], "weight_decay": 0.0},
+        ],
+        lr=0.1,
+        betas=(0.9, 0.95),
+    )
+
+    for number in range(3):
+        step = make_step(1, number)
+        loss, norm = trainer.take_step(step, stop)
+
+        expected = plain(*step[0][1:])
+        expected.backward()
+        expected_norm = nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        assert loss == pytest.approx(expected.item(), rel=1e-6)
+        assert norm == pytest.approx(expected_norm.item(), rel=1e-5)
+
+    assert trainer.step == 3
+    for left, right in zip(trainer.model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(left, right)
+
+
+def test_random_numbers_depend_on_seed_and_place_alone():
+    assert random_seed(0, 5) == random_seed(0, 5)
+    assert len({random_seed(seed, place) for seed in range(10) for place in range(10)}) == 100
+    assert all(0 <= random_seed(0, place) < 2**63 for place in range(100))
+
+
+def test_evaluation_weighs_targets_and_changes_nothing(stop):
+    trainer = make_trainer(GPT(300, 8, 16, 2, 1, dropout=0.5))
+    batches = [(x, y) for _, x, y in make_step(3)]
+    batches[1][1][1] = -100
+    state = torch.get_rng_state()
+    loss = trainer.evaluate(batches, stop)
+    again = trainer.evaluate(batches, stop)
+
+    logits = trainer.model(torch.cat([x for x, _ in batches]))
+    expected = F.cross_entropy(logits.flatten(0, 1), torch.cat([y for _, y in batches]).flatten())
+
+    assert loss == again == pytest.approx(expected.item(), rel=1e-5)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None for p in trainer.model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_is_not_finite_never_reaches_the_weights(stop, kind, value, precision):
+    class Faulty(Line):
+        def forward(self, x, y):
+            loss = super().forward(x, y)
+            if kind == "loss":
+                return loss * value
+            self.table.weight.register_hook(lambda gradient: gradient * value)
+            return loss
+
+    trainer = make_trainer(precision=precision)
+    trainer.take_step(make_step(), stop)
+    before = [p.clone() for p in trainer.model.parameters()]
+    trainer.model.__class__ = Faulty
+
+    with pytest.raises(TrainingError, match=r"in epoch 1, step 1; the weights were not changed"):
+        trainer.take_step(make_step(), stop)
+
+    assert trainer.step == 1
+    for parameter, old in zip(trainer.model.parameters(), before, strict=True):
+        assert torch.equal(parameter, old)
+
+
+def test_fp16_skips_an_overflow_and_scales_less(stop):
+    trainer = make_trainer(precision="fp16")
+    before = [p.clone() for p in trainer.model.parameters()]
+    scale = trainer.scaler.get_scale()
+    hook = trainer.model.table.weight.register_hook(lambda gradient: gradient * math.inf)
+    trainer.take_step(make_step(), stop)
+    hook.remove()
+
+    assert trainer.scaler.get_scale() == scale / 2
+    assert all(
+        torch.equal(p, old) for p, old in zip(trainer.model.parameters(), before, strict=True)
+    )
+
+    trainer.take_step(make_step(), stop)
+    assert not torch.equal(trainer.model.table.weight, before[0])
+
+
+def test_fp16_gives_up_when_scaling_does_not_help(stop):
+    trainer = make_trainer(precision="fp16")
+    trainer.model.table.weight.register_hook(lambda gradient: gradient * math.nan)
+
+    with pytest.raises(TrainingError, match="not changed"):
+        [trainer.take_step(make_step(), stop) for _ in range(40)]
+
+
+def test_signal_drops_the_running_step(stop):
+    trainer = make_trainer()
+    trainer.take_step(make_step(), stop)
+    before = [p.clone() for p in trainer.model.parameters()]
+    real = trainer.model.forward
+
+    def interrupt(x, y):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(x, y)
+
+    trainer.model.forward = interrupt
+
+    with pytest.raises(Interrupted) as caught:
+        trainer.take_step(make_step(), stop)
+
+    assert caught.value.args == (signal.SIGTERM,)
+    assert trainer.step == 1
+    assert all(p.grad is None for p in trainer.model.parameters())
+    assert all(
+        torch.equal(p, old) for p, old in zip(trainer.model.parameters(), before, strict=True)
+    )
+
+
+def test_handlers_are_given_back():
+    before = signal.getsignal(signal.SIGTERM)
+
+    with StopSignal():
+        assert signal.getsignal(signal.SIGTERM) != before
+
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("steps", [range(0), range(1), range(3, 9)])
+def test_prefetch_keeps_order_and_loses_nothing(steps):
+    loaded = []
+
+    def load(number):
+        loaded.append(number)
+        return [(number, torch.tensor(number), torch.tensor(number))]
+
+    assert [step[0][0] for step in prefetch(load, steps, CPU)] == list(steps) == loaded
+
+
+def test_prefetch_is_one_step_ahead():
+    loaded = []
+    steps = prefetch(lambda number: loaded.append(number) or [], range(5), CPU)
+    next(steps)
+    steps.close()
+
+    assert loaded == [0, 1]
+
+
+def test_error_while_loading_is_not_lost():
+    def load(number):
+        raise OSError("disk")
+
+    with pytest.raises(OSError, match="disk"):
+        list(prefetch(load, range(3), CPU))
+
+
+def test_state_goes_out_and_in(stop):
+    trainer, other = make_trainer(), make_trainer()
+    trainer.take_step(make_step(), stop)
+    other.load_state_dict(copy.deepcopy(trainer.state_dict()))
+
+    for each in (trainer, other):
+        each.take_step(make_step(first=3), stop)
+
+    assert other.step == 2
+    for left, right in zip(trainer.model.parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state["model"].pop("table.bias"), r"missing table\.bias"),
+        (lambda state: state["model"].update(more=torch.zeros(1)), "unknown more"),
+        (
+            lambda state: state["model"].update({"table.bias": torch.zeros(4)}),
+            r"table\.bias has shape \(4,\), \(5,\) is needed",
+        ),
+        (lambda state: state["optimizer"].append({}), "another --optimizer"),
+    ],
+)
+def test_foreign_state_leaves_the_model_untouched(change, message):
+    trainer = make_trainer()
+    state = make_trainer().state_dict()
+    state["model"] = {name: tensor + 1 for name, tensor in state["model"].items()}
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    change(state)
+
+    with pytest.raises(TrainingError, match=message):
+        trainer.load_state_dict(state)
+
+    assert all(torch.equal(before[name], t) for name, t in trainer.model.state_dict().items())
+
+
+def test_device_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve_device(None).type in ("cpu", "mps")
+
+    with pytest.raises(TrainingError, match="no CUDA device was found; --device=cpu"):
+        resolve_device("cuda")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert resolve_device("cuda:1") == torch.device("cuda:1")
+    assert resolve_device(None) == torch.device("cuda")
+
+    with pytest.raises(ValueError, match="cuda:9 given, there are 2 GPUs"):
+        resolve_device("cuda:9")
+
+    with pytest.raises(ValueError, match="must be cuda"):
+        resolve_device("tpu")
+
+
+@pytest.mark.parametrize(("capability", "precision"), [((9, 0), "bf16"), ((7, 5), "fp16")])
+def test_precision_on_a_gpu_goes_by_capability(monkeypatch, capability, precision):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+
+    assert resolve_precision(torch.device("cuda")) == precision
+
+
+@pytest.mark.parametrize(("bf16_rate", "precision"), [(6.0, "bf16"), (0.3, "fp32"), (1.0, "fp32")])
+def test_precision_on_a_cpu_goes_by_measurement(monkeypatch, bf16_rate, precision):
+    rates = {"bf16": bf16_rate, "fp32": 1.0}
+    monkeypatch.setattr(training, "matmul_rate", lambda device, name: rates[name])
+
+    assert resolve_precision(CPU) == precision
+
+
+def test_metrics_begin_with_the_rows_of_a_resumed_run(tmp_path):
+    row = dict.fromkeys(MetricsFile.COLUMNS, 1)
+    path = tmp_path / "metrics.csv"
+    MetricsFile(path, []).add(row)
+    MetricsFile(path, [{**row, "epoch": 1, "test_loss": None}]).add({**row, "epoch": 2})
+    lines = path.read_text().splitlines()
+
+    assert lines[0] == ",".join(MetricsFile.COLUMNS)
+    assert lines[1].startswith("1,1,1,1,,1")
+    assert lines[2].startswith("2,")
+    assert len(lines) == 3
