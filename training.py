@@ -91,7 +91,7 @@ def resolve_precision(device: torch.device) -> str:
 
 def matmul_rate(device: torch.device, precision: str) -> float:
     """Measure how many operations a second a matrix product reaches: the limit of training."""
-    size = 8192 if device.type == "cuda" else 1024
+    size = 8192 if device.type == "cuda" else 512
     left, right = (
         torch.randn(size, size, device=device).to(PRECISIONS[precision]) for _ in range(2)
     )

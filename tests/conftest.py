@@ -3,6 +3,7 @@
 import importlib
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -86,7 +87,8 @@ def error_of(pre_train, capsys):
         except SystemExit as exit_:
             status = exit_.code
 
-        lines = [line for line in capsys.readouterr().err.split("\n") if "error:" in line]
+        # Progress bars are wiped from a line before anything else is written on it.
+        lines = [line for line in re.split(r"[\r\n]", capsys.readouterr().err) if "error" in line]
         assert len(lines) == 1
         assert lines[0].startswith("error: ")
 

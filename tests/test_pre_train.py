@@ -1,0 +1,541 @@
+"""Whole runs of pre-train.py: what a user does, and what happens to them."""
+
+import csv
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import assert_same_run, finish, launch, write_documents
+
+import training
+from checkpoint import best_path, previous_path, save_checkpoint
+
+KILL_AT = """
+real = training.Trainer.take_step
+def take_step(self, step, stop):
+    if self.step == {}: os.kill(os.getpid(), signal.SIGKILL)
+    return real(self, step, stop)
+training.Trainer.take_step = take_step
+"""
+
+SIGNAL_AT = """
+real = training.Trainer.accumulate_gradient
+def accumulate_gradient(self, step, stop):
+    if self.step == {}:
+        for number in {}: os.kill(os.getpid(), number)
+    return real(self, step, stop)
+training.Trainer.accumulate_gradient = accumulate_gradient
+"""
+
+
+def read(path: Path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def rows(folder: Path) -> list[dict]:
+    with open(folder / "metrics.csv") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Two folders for the outputs of two runs."""
+    for name in ("left", "right"):
+        (tmp_path / name).mkdir()
+
+    return tmp_path / "left", tmp_path / "right"
+
+
+def test_run_learns_records_and_concludes(pre_train, small, tmp_path, capsys):
+    assert pre_train.main(small("--num_epochs=8", "--learning_rate=0.02")) == 0
+
+    output = capsys.readouterr().out
+    state = read(tmp_path / "checkpoint.pt")
+    table = rows(tmp_path)
+
+    assert state["position"] == 24
+    assert state["encoding"] == "r50k_base"
+    assert [row["epoch"] for row in table] == [str(n) for n in range(1, 9)]
+    assert [row["step"] for row in table] == [str(3 * n) for n in range(1, 9)]
+    assert table[-1]["tokens"] == str(24 * 4 * 16)
+    assert [bool(row["test_loss"]) for row in table] == [False, True] * 4
+    assert float(table[-1]["test_loss"]) < 6 < float(table[0]["train_loss"])
+    assert float(table[-1]["perplexity"]) < 400
+    assert 0 < float(table[-1]["mfu"]) < 1
+    assert float(table[3]["learning_rate"]) > float(table[6]["learning_rate"]) > 0
+
+    assert "epoch 8/8, train loss" in output
+    assert "Test loss" in output.splitlines()[-2]
+    assert best_path(tmp_path / "checkpoint.pt").exists()
+    assert previous_path(tmp_path / "checkpoint.pt").exists()
+
+
+def test_checkpoint_holds_tensors_strings_and_numbers(pre_train, small, tmp_path):
+    pre_train.main(small("--num_epochs=1"))
+    state = read(tmp_path / "checkpoint.pt")
+
+    def check(value):
+        if isinstance(value, dict):
+            [check(item) for pair in value.items() for item in pair]
+        elif isinstance(value, list | tuple):
+            [check(item) for item in value]
+        else:
+            assert value is None or isinstance(value, torch.Tensor | str | int | float), value
+
+    check(state)
+    assert state["model_args"]["vocabulary_size"] == 50257
+    assert "blocks.1.mlp.output.weight" in state["model"]
+
+
+@pytest.mark.parametrize("seed", ["0", "5"])
+def test_same_seed_gives_the_same_run(pre_train, small, folders, seed):
+    left, right = folders
+
+    for folder in folders:
+        pre_train.main(small(f"--seed={seed}", "--dropout=0.1", out=folder))
+
+    assert_same_run(left / "checkpoint.pt", right / "checkpoint.pt")
+    assert read(left / "checkpoint.pt")["seed"] == int(seed)
+
+
+def test_other_seed_gives_another_run(pre_train, small, folders):
+    for seed, folder in enumerate(folders):
+        pre_train.main(small(f"--seed={seed}", "--num_epochs=1", out=folder))
+
+    left, right = (read(folder / "checkpoint.pt")["model"] for folder in folders)
+    assert not torch.equal(left["norm.weight"], right["norm.weight"])
+
+
+def test_seed_is_drawn_printed_and_kept(pre_train, small, tmp_path, capsys):
+    argv = [arg for arg in small("--num_epochs=1") if not arg.startswith("--seed")]
+    pre_train.main(argv)
+    seed = read(tmp_path / "checkpoint.pt")["seed"]
+
+    assert f"--seed={seed}" in capsys.readouterr().out
+
+    pre_train.main([*argv, "--num_epochs=2", "--resume"])
+    assert read(tmp_path / "checkpoint.pt")["seed"] == seed
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--precision=fp32", "--dropout=0.1"],
+        ["--precision=bf16", "--dropout=0.1"],
+        ["--precision=fp32", "--dropout=0.1", "--compile=True"],
+        ["--precision=fp16", "--optimizer=adamw", "--lr_schedule=constant"],
+    ],
+    ids=["fp32", "bf16", "compiled", "fp16"],
+)
+def test_killed_twice_and_resumed_it_ends_as_if_nothing_had_happened(
+    pre_train, small, folders, flags
+):
+    """Killed in the middle of an epoch, then at the boundary of one."""
+    undisturbed, killed = folders
+    pre_train.main(small(*flags, out=undisturbed))
+    argv = small(*flags, out=killed)
+
+    for extra, step in (([], 4), (["--resume"], 6)):
+        status, _, errors = finish(launch([*argv, *extra], KILL_AT.format(step)))
+        assert status == -signal.SIGKILL, errors
+
+    assert read(killed / "checkpoint.pt")["position"] == 6
+    assert pre_train.main([*argv, "--resume"]) == 0
+
+    assert_same_run(undisturbed / "checkpoint.pt", killed / "checkpoint.pt")
+    assert [row["epoch"] for row in rows(killed)] == ["1", "2", "3"]
+    assert [row["train_loss"] for row in rows(killed)] == [
+        row["train_loss"] for row in rows(undisturbed)
+    ]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_and_leaves_and_loses_no_update(pre_train, small, folders, number):
+    """The interval of checkpoints alone would have lost four updates."""
+    undisturbed, stopped = folders
+    flags = ["--dropout=0.1", "--checkpoint_interval=3"]
+    pre_train.main(small(*flags, out=undisturbed))
+    argv = small(*flags, out=stopped)
+    patch = SIGNAL_AT.format(4, [int(number)])
+    status, output, _ = finish(launch(argv, patch))
+
+    assert status == 128 + number
+    assert "Stopped after update 4" in output
+    assert read(stopped / "checkpoint.pt")["position"] == 4
+
+    assert pre_train.main([*argv, "--resume"]) == 0
+    assert_same_run(undisturbed / "checkpoint.pt", stopped / "checkpoint.pt")
+
+
+def test_signal_from_outside(small, tmp_path):
+    process = launch(small("--num_epochs=100000", "--checkpoint_interval=100000"))
+
+    while not process.stdout.readline().startswith("epoch 2/"):
+        assert process.poll() is None
+
+    process.send_signal(signal.SIGTERM)
+    status, output, _ = finish(process, timeout=30)
+
+    assert status == 143
+    assert f"Stopped after update {read(tmp_path / 'checkpoint.pt')['position']};" in output
+
+
+def test_second_signal_leaves_at_once(small, tmp_path):
+    patch = SIGNAL_AT.format(4, [int(signal.SIGTERM), int(signal.SIGINT)])
+    status, output, _ = finish(launch(small(), patch))
+
+    assert status == 130
+    assert "Stopped" not in output
+    assert read(tmp_path / "checkpoint.pt")["position"] == 3
+
+
+def test_signal_during_evaluation_loses_nothing(pre_train, small, folders):
+    undisturbed, stopped = folders
+    pre_train.main(small(out=undisturbed))
+    patch = """
+real = training.Trainer.evaluate
+def evaluate(self, batches, stop):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return real(self, batches, stop)
+training.Trainer.evaluate = evaluate
+"""
+    status, _, _ = finish(launch(small(out=stopped), patch))
+
+    assert status == 143
+    assert read(stopped / "checkpoint.pt")["position"] == 6
+
+    pre_train.main(small("--resume", out=stopped))
+    assert_same_run(undisturbed / "checkpoint.pt", stopped / "checkpoint.pt")
+    assert len(rows(stopped)) == 3
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_loss_that_is_not_finite_stops_the_run(
+    pre_train, small, tmp_path, monkeypatch, error_of, value
+):
+    real = training.Trainer.accumulate_gradient
+
+    def accumulate_gradient(self, step, stop):
+        loss = real(self, step, stop)
+        return loss * float(value) if self.step == 4 else loss
+
+    monkeypatch.setattr(training.Trainer, "accumulate_gradient", accumulate_gradient)
+    status, line = error_of(small())
+
+    assert status == 1
+    assert f"Loss {value} and gradient norm" in line
+    assert "in epoch 2, step 4" in line
+    assert read(tmp_path / "checkpoint.pt")["position"] == 3
+
+    monkeypatch.undo()
+    assert pre_train.main(small("--resume")) == 0
+
+
+def test_gradient_that_is_not_finite_stops_the_run(small, monkeypatch, error_of):
+    real = training.Trainer.accumulate_gradient
+
+    def accumulate_gradient(self, step, stop):
+        loss = real(self, step, stop)
+        self.model.norm.weight.grad[0] = float("nan")
+        return loss
+
+    monkeypatch.setattr(training.Trainer, "accumulate_gradient", accumulate_gradient)
+    status, line = error_of(small())
+
+    assert status == 1
+    assert "gradient norm nan in epoch 1, step 0" in line
+
+
+def test_evaluation_and_saving_do_not_touch_the_run(pre_train, small, folders):
+    left, right = folders
+    pre_train.main(small("--dropout=0.1", out=left))
+    pre_train.main(
+        small("--dropout=0.1", "--eval_interval=1", "--checkpoint_interval=3", out=right)
+    )
+    left, right = (read(folder / "checkpoint.pt")["model"] for folder in (left, right))
+
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_epoch_of_no_whole_number_of_updates(pre_train, small, folders, capsys):
+    left, right = folders
+    pre_train.main(small(out=left))
+    pre_train.main(small("--samples_per_epoch=15", out=right))
+
+    assert "an epoch holds whole updates alone" in capsys.readouterr().out
+    assert_same_run(left / "checkpoint.pt", right / "checkpoint.pt")
+
+
+def test_accumulation_and_batch_size_are_one_product(pre_train, small, folders):
+    """The same samples in larger batches: the same loss up to rounding."""
+    left, right = folders
+    pre_train.main(small("--dropout=0", out=left))
+    pre_train.main(
+        small("--dropout=0", "--batch_size=4", "--gradient_accumulation_steps=1", out=right)
+    )
+
+    for row, other in zip(rows(left), rows(right), strict=True):
+        assert float(row["train_loss"]) == pytest.approx(float(other["train_loss"]), rel=1e-4)
+
+
+def test_activation_checkpointing_gives_the_same_run(pre_train, small, folders):
+    left, right = folders
+    pre_train.main(small("--dropout=0.1", out=left))
+    pre_train.main(small("--dropout=0.1", "--activation_checkpointing", out=right))
+
+    assert_same_run(left / "checkpoint.pt", right / "checkpoint.pt")
+
+
+def test_nothing_to_do(pre_train, small, tmp_path, capsys):
+    pre_train.main(small())
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    capsys.readouterr()
+
+    assert pre_train.main(small("--resume")) == 0
+    assert "Nothing to do: all 3 epochs are done" in capsys.readouterr().out
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
+def test_resumed_run_can_go_on_for_longer_with_another_rate(pre_train, small, tmp_path, capsys):
+    pre_train.main(small())
+    assert pre_train.main(small("--resume", "--num_epochs=4", "--learning_rate=0.001")) == 0
+
+    output = capsys.readouterr().out
+    assert "Changed: learning_rate 0.0005 (saved) and 0.001 (given)" in output
+    assert "Changed: num_epochs 3 (saved) and 4 (given)" in output
+    assert read(tmp_path / "checkpoint.pt")["position"] == 12
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--embedding_dimensions=32", r"embedding_dimensions 16 (saved) and 32 (given)"),
+        ("--block_size=8", r"block_size 16 (saved) and 8 (given)"),
+        ("--batch_size=1", r"batch_size 2 (saved) and 1 (given)"),
+        ("--seed=8", r"seed 7 (saved) and 8 (given)"),
+        ("--optimizer=adamw", r"optimizer muon (saved) and adamw (given)"),
+    ],
+)
+def test_resuming_another_run_is_refused(pre_train, small, tmp_path, error_of, flag, message):
+    pre_train.main(small("--num_epochs=1"))
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    status, line = error_of(small("--resume", flag))
+
+    assert status == 1
+    assert message in line
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
+def test_resuming_with_another_tokenizer_is_refused(pre_train, small, tmp_path, error_of):
+    pre_train.main(small("--num_epochs=1"))
+    state = read(tmp_path / "checkpoint.pt")
+    save_checkpoint(tmp_path / "checkpoint.pt", {**state, "encoding": "cl100k_base"})
+    status, line = error_of(small("--resume"))
+
+    assert status == 1
+    assert "encoding cl100k_base (saved) and r50k_base (given)" in line
+
+
+def test_resuming_on_changed_data_is_refused(pre_train, small, tmp_path, error_of):
+    (tmp_path / "text").mkdir()
+    write_documents(tmp_path / "text", 60)
+    argv = small(dataset=tmp_path / "text")
+    pre_train.main([*argv, "--num_epochs=1"])
+    (tmp_path / "text" / "000.txt").write_text("something else")
+    status, line = error_of([*argv, "--resume"])
+
+    assert status == 1
+    assert "The data changed since the checkpoint was saved" in line
+
+
+@pytest.mark.parametrize("content", [None, "empty", "truncated", "weights", "adapter", "folder"])
+def test_resuming_from_what_is_no_checkpoint(pre_train, small, tmp_path, error_of, content):
+    path = tmp_path / "checkpoint.pt"
+
+    if content == "folder":
+        path.mkdir()
+    elif content is not None:
+        pre_train.main(small("--num_epochs=1"))
+        whole, state = path.read_bytes(), read(path)
+        if content == "weights":
+            save_checkpoint(path, {"format_version": 1, "model": state["model"]})
+        elif content == "adapter":
+            save_checkpoint(path, {"format_version": 1, "lora_args": {"rank": 8}})
+        else:
+            path.write_bytes(b"" if content == "empty" else whole[: len(whole) // 2])
+
+    status, line = error_of(small("--resume"))
+
+    assert status == 1
+    assert "checkpoint.pt" in line
+    assert {
+        None: "There is no checkpoint at",
+        "folder": "Is a directory",
+        "empty": "is damaged",
+        "truncated": "is damaged",
+        "weights": "it has no model_args, optimizer",
+        "adapter": "it has no model_args, model, optimizer",
+    }[content] in line
+
+
+def test_new_run_keeps_the_checkpoint_of_an_earlier_one(pre_train, small, tmp_path, capsys):
+    pre_train.main(small("--num_epochs=1"))
+    first = (tmp_path / "checkpoint.pt").read_bytes()
+    pre_train.main(small("--num_epochs=1"))
+    kept = [path for path in tmp_path.glob("checkpoint.2*.pt") if path.read_bytes() == first]
+
+    assert len(kept) == 1
+    assert str(kept[0]) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flag", ["--checkpoint_path", "--metrics_path"])
+def test_output_that_cannot_be_written_is_told_before_any_work(tmp_path, error_of, small, flag):
+    (tmp_path / "file").write_text("")
+    status, line = error_of(small(f"{flag}={tmp_path / 'file' / 'output'}", "--dataset=a/b"))
+
+    assert status == 1
+    assert "file/output cannot be written" in line
+
+
+def test_outputs_are_made_in_folders_that_are_missing(pre_train, small, tmp_path):
+    out = tmp_path / "a" / "b"
+    pre_train.main(small("--num_epochs=1", out=out))
+
+    assert {"checkpoint.pt", "metrics.csv"} <= {path.name for path in out.iterdir()}
+
+
+@pytest.mark.parametrize("num_documents", [1, 2])
+def test_too_little_text(tmp_path, small, error_of, num_documents):
+    (tmp_path / "text").mkdir()
+    write_documents(tmp_path / "text", num_documents, num_words=3)
+    status, line = error_of(small(dataset=tmp_path / "text"))
+
+    assert status == 1
+    assert "documents" in line or "tokens" in line
+
+
+def test_block_that_is_longer_than_the_data(small, error_of):
+    status, line = error_of(small("--block_size=100000"))
+
+    assert status == 1
+    assert "one sample takes 100,001; lower --block_size" in line
+
+
+def test_damaged_token_file_ends_the_run_before_its_first_step(
+    pre_train, small, tmp_path, text_folder, error_of
+):
+    flags = [f"--dataset_path={tmp_path / 'dataset'}"]
+    pre_train.main(small(*flags, "--num_epochs=1"))
+    path = next((tmp_path / "dataset").glob("*-train.bin"))
+    path.write_bytes(path.read_bytes()[:-7])
+    status, line = error_of(small(*flags))
+
+    assert status == 1
+    assert path.name in line
+
+
+def test_sources_are_mixed_by_weight(pre_train, small, tmp_path, capsys):
+    (tmp_path / "notes").mkdir()
+    write_documents(tmp_path / "notes", 30, num_words=100)
+    argv = small("--num_epochs=1")
+    argv[0:1] = ["--dataset", argv[0].removeprefix("--dataset="), f"{tmp_path / 'notes'}=0.25"]
+
+    assert pre_train.main(argv) == 0
+
+    dataset = read(tmp_path / "checkpoint.pt")["dataset"]
+    assert [weight for _, weight, _ in dataset] == [0.75, 0.25]
+    assert capsys.readouterr().out.count("Data:") == 2
+
+
+def test_dry_run_estimates_and_writes_nothing(pre_train, small, tmp_path, capsys):
+    assert pre_train.main(small("--dry_run")) == 0
+
+    output = capsys.readouterr().out
+    assert "Model:  " in output
+    assert "Memory: " in output
+    assert "tokens/s" in output
+    assert "hours in all" in output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_machine_without_a_compiler_trains(small, tmp_path):
+    env = {
+        "CXX": "/nonexistent/c++",
+        "CC": "/nonexistent/cc",
+        "PATH": "/nonexistent",
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
+    }
+    status, output, errors = finish(launch(small("--compile=True", "--num_epochs=1"), env=env))
+
+    assert status == 0, errors
+    assert "not compiled (" in output
+    assert "epoch 1/1" in output
+
+
+def test_gpu_is_taken_when_there_is_one_and_demanded_when_asked_for(small, error_of):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+
+    status, line = error_of([*small(), "--device=cuda"])
+
+    assert status == 1
+    assert "--device=cpu" in line
+
+
+def test_device_is_chosen_when_none_is_given(pre_train, small, capsys):
+    argv = [arg for arg in small("--num_epochs=1") if not arg.startswith("--device")]
+
+    assert pre_train.main(argv) == 0
+    assert f"Device: {training.resolve_device(None)}," in capsys.readouterr().out
+
+
+def test_out_of_memory_is_one_line(small, monkeypatch, error_of):
+    def refuse(*_):
+        raise torch.OutOfMemoryError("2 GB")
+
+    monkeypatch.setattr(training.Trainer, "accumulate_gradient", refuse)
+    status, line = error_of(small())
+
+    assert status == 1
+    assert "halve --batch_size" in line
+
+
+def test_tensorboard_gets_the_scalars_where_it_is_installed(
+    pre_train, small, tmp_path, monkeypatch
+):
+    """A module in place of the optional package."""
+    written = []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            written.append((str(folder), purge_step))
+
+        def add_scalar(self, name, value, epoch):
+            written.append((name, epoch))
+
+        def flush(self):
+            pass
+
+    module = type(os)("torch.utils.tensorboard")
+    module.SummaryWriter = SummaryWriter
+    monkeypatch.setitem(training.sys.modules, "torch.utils.tensorboard", module)
+    pre_train.main(small("--num_epochs=2"))
+
+    assert written[0] == (str(tmp_path / "runs"), 1)
+    assert {("train_loss", 1), ("train_loss", 2), ("test_loss", 2), ("mfu", 1)} <= set(written)
+    assert ("test_loss", 1) not in written
+
+
+def test_tiny_preset_is_offline_and_small(pre_train):
+    args, given = pre_train.build_parser().parse(
+        ["--preset=tiny", "--dropout=0.3"], pre_train.PRESETS
+    )
+
+    assert args.dataset == ["stdlib"]
+    assert args.dropout == 0.3
+    assert args.embedding_dimensions == pre_train.PRESETS["tiny"]["embedding_dimensions"]
+    assert given == {"preset", "dropout"}
+    assert json.dumps(vars(args))
