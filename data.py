@@ -630,22 +630,24 @@ def random_numbers(*key: int, count: int) -> list[int]:
 
 
 def take_turns(weights: Sequence[float], period: int) -> np.ndarray:
-    """Choose a source for every place of a period so that shares are never off by one sample.
+    """Choose a source for every place of a period so that no share is ever off by one sample.
 
-    Each place goes to the source whose next turn is due first among those that may have one
-    (Tijdeman 1980, the chairman assignment problem).
+    Of the S sources, those that are behind by 1 / (2 S - 2) turns or more are due; the one that
+    would be too far behind first has its turn (Tijdeman 1980, The chairman assignment problem).
 
     Returns:
         Indices of sources, int64 (period).
     """
     shares = [max(Fraction(1, period), Fraction(w) / Fraction(sum(weights))) for w in weights]
     shares = [share / sum(shares) for share in shares]
+    slack = Fraction(1, max(2, 2 * len(shares) - 2))
     taken = [0] * len(shares)
     turns = np.empty(period, dtype=np.int64)
 
     for place in range(period):
-        allowed = [s for s, share in enumerate(shares) if taken[s] < share * (place + 1)]
-        turns[place] = source = min(allowed, key=lambda s: (taken[s] + 1) / shares[s])
+        behind = [share * (place + 1) - t for share, t in zip(shares, taken, strict=True)]
+        due = [s for s in range(len(shares)) if behind[s] >= slack]
+        turns[place] = source = min(due, key=lambda s: (1 - slack - behind[s]) / shares[s])
         taken[source] += 1
 
     return turns

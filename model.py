@@ -219,7 +219,6 @@ def check_sizes(embedding_dimensions: int, num_attention_heads: int) -> None:
         )
 
 
-@torch.compiler.disable
 def linear_cross_entropy(z: Tensor, weight: Tensor, y: Tensor, vocabulary_size: int) -> Tensor:
     """Project states to logits and take their mean cross entropy, a chunk of positions at a time.
 

@@ -5,9 +5,11 @@
 
 import math
 import secrets
+import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -38,6 +40,7 @@ from data import (
     DataError,
     EvaluationWindows,
     SampleStream,
+    Source,
     TokenDataset,
     load_or_prepare,
     parse_source,
@@ -53,6 +56,7 @@ from training import (
     Trainer,
     TrainingError,
     build_optimizers,
+    check_processes,
     compile_model,
     describe_row,
     matmul_rate,
@@ -127,6 +131,24 @@ FREE_FLAGS = (
     "max_gradient_norm",
     "num_epochs",
 )
+
+
+@dataclass
+class Data:
+    """The opened sources: what to train on, what to test on, and by which they are known."""
+
+    datasets: list[TokenDataset]
+    weights: list[float]
+    stream: SampleStream
+    tests: list[EvaluationWindows]
+
+    @property
+    def fingerprint(self) -> list[list]:
+        """Name, weight and checksum of every source, by which a resumed run knows its data."""
+        return [
+            [dataset.name, weight, dataset.fingerprint]
+            for dataset, weight in zip(self.datasets, self.weights, strict=True)
+        ]
 
 
 def build_parser() -> Parser:
@@ -359,13 +381,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         sources = check_arguments(args)
         device = resolve_device(args.device if "device" in given else None)
+        check_processes(device)
     except ValueError as error:
         return fail(error, status=2)
     except TrainingError as error:
         return fail(error)
 
     try:
-        return run(args, given, sources, device)
+        return run(args, sources, device)
     except (DataError, TrainingError, CheckpointError, OSError) as error:
         return fail(error)
     except torch.OutOfMemoryError:
@@ -377,7 +400,7 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def check_arguments(args: Namespace) -> list:
+def check_arguments(args: Namespace) -> list[tuple[Source, float | None]]:
     """Return the sources with their weights; raise ValueError where values do not fit together."""
     check_sizes(args.embedding_dimensions, args.num_attention_heads)
 
@@ -398,23 +421,23 @@ def check_arguments(args: Namespace) -> list:
 
     try:
         sources = [parse_source(value) for value in args.dataset]
+        resolve_weights([weight for _, weight in sources], [1] * len(sources))
     except ValueError as error:
         raise ValueError(f"--dataset: {error}") from None
 
     if len({source.name for source, _ in sources}) < len(sources):
-        raise ValueError("--dataset names a source twice")
+        raise ValueError("--dataset: a source is named twice")
 
     return sources
 
 
-def run(args: Namespace, given: set[str], sources: list, device: torch.device) -> int:
+def run(args: Namespace, sources: list[tuple[Source, float | None]], device: torch.device) -> int:
     path = Path(args.checkpoint_path)
+    checkpoint = None
 
     if not args.dry_run:
         check_writable(path)
         check_writable(Path(args.metrics_path))
-
-    checkpoint = None
 
     if args.resume:
         checkpoint = load_checkpoint(path, CHECKPOINT_KEYS)
@@ -424,113 +447,127 @@ def run(args: Namespace, given: set[str], sources: list, device: torch.device) -
             print(f"Nothing to do: all {args.num_epochs} epochs are done (--num_epochs).")
             return 0
 
-    seed = args.seed
-
-    if seed is None:
-        seed = checkpoint["seed"] if checkpoint else secrets.randbelow(2**31)
-
-    precision = args.precision
-
-    if precision == "auto":
-        precision = checkpoint["precision"] if checkpoint else resolve_precision(device)
-
-    datasets = [
-        load_or_prepare(source, Path(args.dataset_path), args.num_dataset_processes)
-        for source, _ in sources
-    ]
-    weights = resolve_weights([w for _, w in sources], [len(d.train) for d in datasets])
-    stream = SampleStream([d.train for d in datasets], weights, args.block_size, seed)
-    tests = [EvaluationWindows(dataset.test, args.block_size) for dataset in datasets]
-    fingerprint = [[d.name, w, d.fingerprint] for d, w in zip(datasets, weights, strict=True)]
-
-    torch.manual_seed(seed)
-    model = GPT(**model_args(args), dropout=args.dropout).to(device)
-    model.activation_checkpointing = args.activation_checkpointing
-    optimizers = build_optimizers(model, args.optimizer, args.weight_decay, device)
-    schedule = build_schedule(args)
-    trainer = Trainer(model, optimizers, schedule, device, precision, seed, args.max_gradient_norm)
+    settle_choices(args, device, checkpoint)
+    data = open_data(args, sources)
+    trainer = build_trainer(args, device)
 
     if checkpoint:
-        check_same_data(fingerprint, checkpoint["dataset"])
+        check_same_data(data.fingerprint, checkpoint["dataset"])
         trainer.load_state_dict(checkpoint)
 
-    chosen = compile_model(model, device) if args.compile else "not compiled"
-    trainer.peak_rate = matmul_rate(device, precision)
-
-    describe(args, trainer, datasets, chosen)
+    compiled = compile_model(trainer.model, device) if args.compile else "not compiled"
+    describe(args, trainer, data, compiled)
 
     if args.dry_run:
-        return estimate(args, trainer, stream)
+        return estimate(args, trainer, data)
 
     if not checkpoint and (aside := set_aside(path)):
         print(f"Kept:   the checkpoint of an earlier run, as {aside}")
 
-    def save(is_best: bool = False) -> None:
-        state = {
-            "format_version": FORMAT_VERSION,
-            "model_args": model_args(args),
-            "encoding": ENCODING,
-            "dataset": fingerprint,
-            "settings": settings(args),
-            **trainer.state_dict(),
-        }
-        save_checkpoint(path, state, is_best)
-
     with StopSignal() as stop:
         try:
-            train(args, trainer, stream, tests, stop, save)
-        except Interrupted as signal:
-            save()
+            train(args, trainer, data, stop)
+        except Interrupted as interruption:
+            save(args, trainer, data)
             print(f"Stopped after update {trainer.step}; saved as {path}. --resume goes on there.")
-            return 128 + signal.args[0]
+            return 128 + interruption.number
 
     conclude(args, trainer)
 
     return 0
 
 
-def train(
-    args: Namespace,
-    trainer: Trainer,
-    stream: SampleStream,
-    tests: list[EvaluationWindows],
-    stop: StopSignal,
-    save: Callable[..., None],
-) -> None:
+def train(args: Namespace, trainer: Trainer, data: Data, stop: StopSignal) -> None:
     """Run all epochs that are left, evaluating and saving at their intervals."""
     metrics = MetricsFile(Path(args.metrics_path), trainer.metrics)
+    load_step = step_loader(args, data)
+    flops = trainer.model.flops_per_token(args.block_size)
 
     for epoch in range(len(trainer.metrics) + 1, args.num_epochs + 1):
         is_last = epoch == args.num_epochs
-
-        trainer.train_epoch(step_loader(args, stream), epoch * steps_per_epoch(args), stop)
-
         test_loss = None
 
+        trainer.train_epoch(load_step, epoch * steps_per_epoch(args), stop)
+
         if epoch % args.eval_interval == 0 or is_last:
-            losses = [trainer.evaluate(test.batches(args.batch_size), stop) for test in tests]
-            test_loss = sum(w * loss for w, loss in zip(stream.weights, losses, strict=True))
+            losses = [trainer.evaluate(test.batches(args.batch_size), stop) for test in data.tests]
+            test_loss = sum(w * loss for w, loss in zip(data.weights, losses, strict=True))
 
         is_best = test_loss is not None and test_loss < trainer.best_test_loss
-        row = trainer.finish_epoch(
-            tokens_per_step(args), test_loss, trainer.model.flops_per_token(args.block_size)
-        )
+        row = trainer.finish_epoch(tokens_per_step(args), test_loss, flops)
 
         metrics.add(row)
         tqdm.write(describe_row(row, args.num_epochs))
 
         if epoch % args.checkpoint_interval == 0 or is_best or is_last:
-            save(is_best)
+            save(args, trainer, data, is_best)
 
 
-def step_loader(args: Namespace, stream: SampleStream) -> Callable[[int], Step]:
+def settle_choices(args: Namespace, device: torch.device, checkpoint: dict | None) -> None:
+    """Fill in what was left to us: as in the run that is resumed, else anew."""
+    if args.seed is None:
+        args.seed = checkpoint["seed"] if checkpoint else secrets.randbelow(2**31)
+
+    if args.precision == "auto":
+        args.precision = checkpoint["precision"] if checkpoint else resolve_precision(device)
+
+
+def open_data(args: Namespace, sources: list[tuple[Source, float | None]]) -> Data:
+    """Open the token files of all sources, after preparing those that are not there."""
+    datasets = [
+        load_or_prepare(source, Path(args.dataset_path), args.num_dataset_processes)
+        for source, _ in sources
+    ]
+    trains = [dataset.train for dataset in datasets]
+    weights = resolve_weights([weight for _, weight in sources], [len(t) for t in trains])
+
+    return Data(
+        datasets,
+        weights,
+        SampleStream(trains, weights, args.block_size, args.seed),
+        [EvaluationWindows(dataset.test, args.block_size) for dataset in datasets],
+    )
+
+
+def build_trainer(args: Namespace, device: torch.device) -> Trainer:
+    """Build the network with its first weights, and what trains it."""
+    torch.manual_seed(args.seed)
+
+    model = GPT(**model_args(args), dropout=args.dropout).to(device)
+    model.activation_checkpointing = args.activation_checkpointing
+
+    return Trainer(
+        model,
+        build_optimizers(model, args.optimizer, args.weight_decay, device),
+        build_schedule(args),
+        device,
+        args.precision,
+        args.seed,
+        args.max_gradient_norm,
+        peak_rate=matmul_rate(device, args.precision),
+    )
+
+
+def save(args: Namespace, trainer: Trainer, data: Data, is_best: bool = False) -> None:
+    state = {
+        "format_version": FORMAT_VERSION,
+        "model_args": model_args(args),
+        "encoding": ENCODING,
+        "dataset": data.fingerprint,
+        "settings": settings(args),
+        **trainer.state_dict(),
+    }
+    save_checkpoint(Path(args.checkpoint_path), state, is_best)
+
+
+def step_loader(args: Namespace, data: Data) -> Callable[[int], Step]:
     """Return a function that reads the micro-batches of an update by its number."""
 
     def load(step: int) -> Step:
         first = step * args.gradient_accumulation_steps
         numbers = range(first, first + args.gradient_accumulation_steps)
 
-        return [(m, *stream.batch(m * args.batch_size, args.batch_size)) for m in numbers]
+        return [(m, *data.stream.batch(m * args.batch_size, args.batch_size)) for m in numbers]
 
     return load
 
@@ -609,14 +646,12 @@ def check_same_data(found: list, saved: list) -> None:
         )
 
 
-def describe(
-    args: Namespace, trainer: Trainer, datasets: list[TokenDataset], compiled: str
-) -> None:
+def describe(args: Namespace, trainer: Trainer, data: Data, compiled: str) -> None:
     """Print what is about to run, and what was chosen for it."""
     tokens = args.num_epochs * steps_per_epoch(args) * tokens_per_step(args)
-    available = sum(len(dataset.train) for dataset in datasets)
+    available = sum(len(dataset.train) for dataset in data.datasets)
 
-    for dataset in datasets:
+    for dataset in data.datasets:
         print(
             f"Data:   {dataset.name}, {len(dataset.train):,} tokens, {len(dataset.test):,} to test"
         )
@@ -643,9 +678,9 @@ def describe(
         print(f"Resume: epoch {len(trainer.metrics) + 1}, update {trainer.step}")
 
 
-def estimate(args: Namespace, trainer: Trainer, stream: SampleStream) -> int:
+def estimate(args: Namespace, trainer: Trainer, data: Data) -> int:
     """Time a few micro-batches and print what the whole run would take."""
-    seconds = time_steps(trainer, step_loader(args, stream))
+    seconds = time_steps(trainer, step_loader(args, data))
     num_steps = args.num_epochs * steps_per_epoch(args) - trainer.step
     rate = tokens_per_step(args) / seconds
     utilization = rate * trainer.model.flops_per_token(args.block_size) / trainer.peak_rate
@@ -667,6 +702,9 @@ def conclude(args: Namespace, trainer: Trainer) -> None:
         f" as unsure as between {row['perplexity']:,.0f} tokens instead of {VOCABULARY_SIZE:,}."
     )
     print(f"Files:  {args.checkpoint_path}, {args.metrics_path}")
+
+    longer = shlex.join([*sys.argv, "--resume", f"--num_epochs={2 * args.num_epochs}"])
+    print(f"Next:   python {longer}")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,11 @@ class TrainingError(Exception):
 
 
 class Interrupted(Exception):
-    """A signal asked the run to end; its number is the only argument."""
+    """A signal asked the run to end."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
 
 
 # --- Device and precision ---
@@ -68,6 +72,24 @@ def resolve_device(name: str | None) -> torch.device:
         raise TrainingError("--device: no MPS device was found; --device=cpu runs without one.")
 
     return device
+
+
+def check_processes(device: torch.device) -> None:
+    """Refuse what torchrun started and this machine, or this version, cannot run.
+
+    Raises:
+        ValueError: when there are more processes than GPUs, or more than one.
+    """
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    num_local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+    if device.type == "cuda" and num_local > torch.cuda.device_count():
+        raise ValueError(
+            f"--nproc-per-node={num_local} given, there are {torch.cuda.device_count()} GPUs"
+        )
+
+    if num_processes > 1:
+        raise ValueError(f"{num_processes} processes were started, this version trains in one")
 
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -237,8 +259,8 @@ class Trainer:
     precision: str
     seed: int
     max_gradient_norm: float
-    # Operations a second of the device's matrix products, of which the metrics give the share.
-    peak_rate: float = math.nan
+    # Operations a second of the device's matrix products; the metrics give the share of it.
+    peak_rate: float
 
     step: int = 0
     # One dictionary an epoch, as in the metrics file.
@@ -250,6 +272,11 @@ class Trainer:
     seconds: float = 0.0
 
     def __post_init__(self):
+        # MKL picks its kernel of exp at the first call. When several threads make that call at
+        # once, one of them can get a coarse kernel for it (off by 1e-4, in one run of a hundred on
+        # a busy machine), and the run is not the same twice. So the first call is made here.
+        torch.zeros(1).exp()
+
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
 
     def train_epoch(
@@ -269,7 +296,7 @@ class Trainer:
         steps = range(self.step, last_step)
         started, num_tokens = time.perf_counter(), 0
 
-        with tqdm(steps, desc=description, unit=" steps", leave=False) as progress:
+        with tqdm(steps, desc=description, unit="step", leave=False) as progress:
             for step in prefetch(load_step, steps, self.device):
                 begin = time.perf_counter()
                 loss, norm = self.take_step(step, stop)
@@ -356,7 +383,7 @@ class Trainer:
         self.model.eval()
         total, num_targets = torch.zeros((), device=self.device), 0
 
-        for x, y in tqdm(batches, desc="Testing", unit=" batches", leave=False):
+        for x, y in tqdm(batches, desc="Testing", unit="batch", leave=False):
             stop.check()
             count = int((y >= 0).sum())
             x, y = x.to(self.device), y.to(self.device)
