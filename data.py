@@ -7,6 +7,7 @@ last and describes both; without it there is no dataset. Training maps the files
 Axes of the tensors: B samples, T tokens (block_size).
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -169,17 +170,29 @@ class HubDataset:
 
     @property
     def num_shards(self) -> int:
-        try:
+        with self.reported_errors():
             return self.stream.num_shards
-        except Exception as error:  # the client raises dozens of types
+
+    def documents(self, shard: int) -> Iterator[str]:
+        with self.reported_errors():
+            for row in self.stream.shard(self.num_shards, shard):
+                if "text" not in row:
+                    raise DataError(f"{self.description} has no column `text`.")
+
+                yield row["text"]
+
+    @contextlib.contextmanager
+    def reported_errors(self) -> Iterator[None]:
+        """Turn whatever the client raises, dozens of types, into one line."""
+        try:
+            yield
+        except DataError:
+            raise
+        except Exception as error:
             raise DataError(
                 f"{self.description} cannot be read from the Hub: {first_line(error)}"
                 " (--dataset=stdlib or a folder of your own needs no network)."
             ) from error
-
-    def documents(self, shard: int) -> Iterator[str]:
-        for row in self.stream.shard(self.num_shards, shard):
-            yield row["text"]
 
 
 Source = StandardLibrary | TextFiles | HubDataset
@@ -429,7 +442,9 @@ def tokenize_shards(source: Source, parts: Path, test_share: float, num_processe
     work = functools.partial(tokenize_shard, source, parts, test_share)
     totals = empty_counts()
 
-    with tqdm(desc=f"Tokenizing {source.name}", unit=" tokens", unit_scale=True) as progress:
+    bar = {"desc": f"Tokenizing {source.name}", "unit": " tokens", "unit_scale": True}
+
+    with tqdm(**bar, leave=False) as progress:
         for counts in map_in_processes(work, range(num_shards), num_workers):
             for split in SPLITS:
                 for key, count in counts[split].items():

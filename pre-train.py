@@ -99,7 +99,6 @@ PRESETS = {
 
 # What decides which samples come next, and so has to stay when a run is resumed.
 FIXED_FLAGS = (
-    "dataset",
     "batch_size",
     "gradient_accumulation_steps",
     "samples_per_epoch",

@@ -338,6 +338,19 @@ def test_hub_that_cannot_be_reached_is_one_line(tmp_path, small):
     assert len(errors.splitlines()) == 1
 
 
+def test_hub_dataset_without_text_is_refused(tmp_path, monkeypatch):
+    class Stream:
+        num_shards = 1
+
+        def shard(self, num_shards, index):
+            return [{"content": "no text"}]
+
+    monkeypatch.setattr(HubDataset, "stream", Stream())
+
+    with pytest.raises(DataError, match="a/b has no column `text`"):
+        load_or_prepare(HubDataset("a/b", name="a--b"), tmp_path, 1)
+
+
 def test_sources_are_told_apart(text_folder):
     assert parse_source("openwebtext") == (
         HubDataset("Skylion007/openwebtext", name="openwebtext"), None
