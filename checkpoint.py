@@ -79,14 +79,14 @@ def save_checkpoint(path: Path, state: dict, is_best: bool = False) -> None:
             file.flush()
             os.fsync(file.fileno())
 
+        # In this order a kill between two moves leaves nothing that the run will not write again.
+        if is_best:
+            duplicate(temporary, best_path(path))
+
         if path.exists():
             duplicate(path, previous_path(path))
 
         os.replace(temporary, path)
-
-        if is_best:
-            duplicate(path, best_path(path))
-
         sync_folder(path.parent)
     except OSError as error:
         raise CheckpointError(
@@ -139,7 +139,10 @@ def duplicate(source: Path, target: Path) -> None:
     try:
         os.link(source, temporary)
     except OSError:
-        shutil.copyfile(source, temporary)
+        with open(source, "rb") as original, open(temporary, "wb") as copy:
+            shutil.copyfileobj(original, copy)
+            copy.flush()
+            os.fsync(copy.fileno())
 
     os.replace(temporary, target)
     # Renaming does nothing where both names are links to one file already.
@@ -156,16 +159,33 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def set_aside(path: Path) -> Path | None:
-    """Move a finished or forgotten checkpoint out of the way of a new run; return where it is."""
+def set_aside(path: Path, *others: Path) -> Path | None:
+    """Rename the files of an earlier run, out of the way of a new one.
+
+    Args:
+        path: its checkpoint; the previous and the best one go with it.
+        others: further files of that run.
+
+    Returns:
+        Where the checkpoint is now; None when there was none.
+    """
     if not path.exists():
         return None
 
-    taken = time.strftime("%Y%m%d-%H%M%S", time.localtime(path.stat().st_mtime))
-    aside = path.with_name(f"{path.stem}.{taken}{path.suffix}")
-    os.replace(path, aside)
+    stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(path.stat().st_mtime))
 
-    return aside
+    while stamped_path(path, stamp).exists():
+        stamp += "+"
+
+    for file in (*others, previous_path(path), best_path(path), path):
+        if file.exists():
+            os.replace(file, stamped_path(file, stamp))
+
+    return stamped_path(path, stamp)
+
+
+def stamped_path(path: Path, stamp: str) -> Path:
+    return path.with_name(f"{path.stem}.{stamp}{path.suffix}")
 
 
 def load_checkpoint(path: Path, required: Iterable[str]) -> dict:
@@ -190,7 +210,7 @@ def load_checkpoint(path: Path, required: Iterable[str]) -> dict:
     except Exception as error:  # the loader raises dozens of types, and advises what is unsafe
         raise CheckpointError(f"{path} is not a checkpoint of this project.") from error
 
-    if not isinstance(state, dict) or "format_version" not in state:
+    if not isinstance(state, dict) or not isinstance(state.get("format_version"), int):
         raise CheckpointError(f"{path} is not a checkpoint of this project: no format_version.")
 
     if state["format_version"] > FORMAT_VERSION:
@@ -223,4 +243,4 @@ def verify_checksum(path: Path) -> None:
         digest = hash_bytes(file, content_size)
 
         if file.read() != CHECKSUM_PREFIX + digest.encode():
-            raise CheckpointError(f"{path} is damaged or incomplete.{hint}")
+            raise CheckpointError(f"{path} is damaged, or not of this project.{hint}")

@@ -115,7 +115,7 @@ class StandardLibrary:
 
 @dataclass(frozen=True)
 class TextFiles:
-    """A plain text file, or all of those below a folder in sorted order, a document per file."""
+    """Plain text: a file cut into documents, or a document per file below a folder, sorted."""
 
     path: Path
 
@@ -135,7 +135,8 @@ class TextFiles:
 
         for path in self.files():
             status = path.stat()
-            digest.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+            name = path.relative_to(self.path)
+            digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
 
         return f"{self.path.resolve()} {digest.hexdigest()[:16]}"
 
@@ -143,11 +144,35 @@ class TextFiles:
         if self.path.is_file():
             return [self.path]
 
-        return sorted(path for path in self.path.rglob("*") if path.suffix.lower() in PLAIN_TEXT)
+        paths = (path for path in self.path.rglob("*") if path.suffix.lower() in PLAIN_TEXT)
+
+        return sorted(path for path in paths if path.is_file())
 
     def documents(self, shard: int) -> Iterator[str]:
         for path in self.files():
-            yield path.read_text(encoding="utf-8", errors="replace")
+            text = path.read_text(encoding="utf-8", errors="replace")
+
+            if path == self.path:
+                yield from cut(text)
+            else:
+                yield text
+
+
+def cut(text: str, size: int = 8192) -> Iterator[str]:
+    """Cut a long text into documents of size characters or more, at blank lines if it has any.
+
+    A lone file has to give both text to train on and text to test on.
+    """
+    document = ""
+
+    for line in text.splitlines(keepends=True):
+        document += line
+
+        if len(document) >= (2 * size if line.strip() else size):
+            yield document
+            document = ""
+
+    yield document
 
 
 @dataclass(frozen=True)
@@ -309,7 +334,8 @@ def read_sidecar(path: Path) -> dict:
     try:
         sidecar = json.loads(path.read_text())
         version, encoding = sidecar["format_version"], sidecar["encoding"]
-        [sidecar[split][key] for split in SPLITS for key in ("documents", "tokens", "sha256")]
+        [sidecar[split][key] for split in SPLITS for key in ("documents", "sha256")]
+        [sidecar[split]["tokens"] + 0 for split in SPLITS]
         sidecar["source"]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is damaged; {remedy}.") from error
@@ -363,7 +389,9 @@ def verify(folder: Path, name: str, sidecar: dict) -> None:
                 f"{path} holds token id {largest}, {ENCODING} ends at {VOCABULARY_SIZE - 1}."
             )
 
-    write_whole(stamp_path, stamp.encode())
+    # Files on a disk that cannot be written to are read through every time.
+    with contextlib.suppress(OSError):
+        write_whole(stamp_path, stamp.encode())
 
 
 def scan(path: Path) -> tuple[str, int]:
@@ -385,12 +413,17 @@ def prepare(source: Source, folder: Path, num_processes: int) -> None:
         DataError: when the source cannot be read, or is too small to train and test on.
         OSError: when the files cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     parts = folder / f"{source.name}.parts"
 
     try:
         shutil.rmtree(parts, ignore_errors=True)
-        parts.mkdir()
+        parts.mkdir(parents=True)
+    except OSError as error:
+        raise DataError(
+            f"{folder} cannot be written: {error.strerror}. Choose another --dataset_path."
+        ) from error
+
+    try:
         test_share = TEST_SHARES[0]
         counts = tokenize_shards(source, parts, test_share, num_processes)
 

@@ -29,8 +29,10 @@ from arguments import (
 from checkpoint import (
     FORMAT_VERSION,
     CheckpointError,
+    best_path,
     check_writable,
     load_checkpoint,
+    previous_path,
     save_checkpoint,
     set_aside,
 )
@@ -59,6 +61,7 @@ from training import (
     check_processes,
     compile_model,
     describe_row,
+    is_out_of_memory,
     matmul_rate,
     peak_memory,
     resolve_device,
@@ -78,9 +81,9 @@ PRESETS = {
         "batch_size": 4,
         "gradient_accumulation_steps": 1,
         "samples_per_epoch": 200,
-        "num_epochs": 16,
-        "eval_interval": 4,
-        "checkpoint_interval": 4,
+        "num_epochs": 14,
+        "eval_interval": 7,
+        "checkpoint_interval": 7,
         "learning_rate": 1e-2,
     },
     "gpt2": {"embedding_dimensions": 768, "num_attention_heads": 12, "num_hidden_layers": 12},
@@ -128,6 +131,7 @@ FREE_FLAGS = (
     "weight_decay",
     "dropout",
     "max_gradient_norm",
+    "precision",
     "num_epochs",
 )
 
@@ -167,6 +171,7 @@ def add_data_arguments(parser: Parser) -> None:
     add(
         "--dataset",
         nargs="+",
+        action="extend",
         default=["openwebtext"],
         metavar="SOURCE",
         help="Sources to train on, each SOURCE or SOURCE=WEIGHT: openwebtext, stdlib, a file or a"
@@ -390,11 +395,16 @@ def main(argv: list[str] | None = None) -> int:
         return run(args, sources, device)
     except (DataError, TrainingError, CheckpointError, OSError) as error:
         return fail(error)
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+
         return fail(
             f"{device} is out of memory; halve --batch_size and double"
             " --gradient_accumulation_steps, or add --activation_checkpointing."
         )
+    except Interrupted as interruption:
+        return 128 + interruption.number
     except KeyboardInterrupt:
         return 130
 
@@ -411,6 +421,11 @@ def check_arguments(args: Namespace) -> list[tuple[Source, float | None]]:
             f" {args.gradient_accumulation_steps} batches of {args.batch_size};"
             f" {args.samples_per_epoch} given"
         )
+
+    paths = [Path(path).resolve() for path in (args.checkpoint_path, args.metrics_path)]
+
+    if paths[1] in (paths[0], previous_path(paths[0]), best_path(paths[0])):
+        raise ValueError("--metrics_path: this is the path of a checkpoint")
 
     if args.min_learning_rate > args.learning_rate:
         raise ValueError(
@@ -432,7 +447,7 @@ def check_arguments(args: Namespace) -> list[tuple[Source, float | None]]:
 
 def run(args: Namespace, sources: list[tuple[Source, float | None]], device: torch.device) -> int:
     path = Path(args.checkpoint_path)
-    checkpoint = None
+    checkpoint: dict = {}
 
     if not args.dry_run:
         check_writable(path)
@@ -440,19 +455,23 @@ def run(args: Namespace, sources: list[tuple[Source, float | None]], device: tor
 
     if args.resume:
         checkpoint = load_checkpoint(path, CHECKPOINT_KEYS)
+
+    settle_choices(args, device, checkpoint)
+
+    if checkpoint:
         check_resumable(args, checkpoint)
 
         if len(checkpoint["metrics"]) >= args.num_epochs:
             print(f"Nothing to do: all {args.num_epochs} epochs are done (--num_epochs).")
             return 0
 
-    settle_choices(args, device, checkpoint)
     data = open_data(args, sources)
     trainer = build_trainer(args, device)
 
     if checkpoint:
         check_same_data(data.fingerprint, checkpoint["dataset"])
         trainer.load_state_dict(checkpoint)
+        checkpoint.clear()
 
     compiled = compile_model(trainer.model, device) if args.compile else "not compiled"
     describe(args, trainer, data, compiled)
@@ -460,8 +479,8 @@ def run(args: Namespace, sources: list[tuple[Source, float | None]], device: tor
     if args.dry_run:
         return estimate(args, trainer, data)
 
-    if not checkpoint and (aside := set_aside(path)):
-        print(f"Kept:   the checkpoint of an earlier run, as {aside}")
+    if not args.resume and (aside := set_aside(path, Path(args.metrics_path))):
+        print(f"Kept:   an earlier run, as {aside}")
 
     with StopSignal() as stop:
         try:
@@ -470,6 +489,9 @@ def run(args: Namespace, sources: list[tuple[Source, float | None]], device: tor
             save(args, trainer, data)
             print(f"Stopped after update {trainer.step}; saved as {path}. --resume goes on there.")
             return 128 + interruption.number
+        except TrainingError:
+            save(args, trainer, data)
+            raise
 
     conclude(args, trainer)
 
@@ -502,7 +524,7 @@ def train(args: Namespace, trainer: Trainer, data: Data, stop: StopSignal) -> No
             save(args, trainer, data, is_best)
 
 
-def settle_choices(args: Namespace, device: torch.device, checkpoint: dict | None) -> None:
+def settle_choices(args: Namespace, device: torch.device, checkpoint: dict) -> None:
     """Fill in what was left to us: as in the run that is resumed, else anew."""
     if args.seed is None:
         args.seed = checkpoint["seed"] if checkpoint else secrets.randbelow(2**31)
@@ -530,6 +552,9 @@ def open_data(args: Namespace, sources: list[tuple[Source, float | None]]) -> Da
 
 def build_trainer(args: Namespace, device: torch.device) -> Trainer:
     """Build the network with its first weights, and what trains it."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
     torch.manual_seed(args.seed)
 
     model = GPT(**model_args(args), dropout=args.dropout).to(device)
@@ -616,8 +641,7 @@ def check_resumable(args: Namespace, checkpoint: dict) -> None:
     """
     saved = {**checkpoint["settings"], **checkpoint["model_args"], "seed": checkpoint["seed"]}
     saved["encoding"] = checkpoint["encoding"]
-    wanted = {**settings(args), **model_args(args), "encoding": ENCODING}
-    wanted["seed"] = saved["seed"] if args.seed is None else args.seed
+    wanted = {**settings(args), **model_args(args), "encoding": ENCODING, "seed": args.seed}
 
     changes = {
         name: f"{name} {saved[name]} (saved) and {value} (given)"

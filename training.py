@@ -57,21 +57,21 @@ def resolve_device(name: str | None) -> torch.device:
 
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+    if not re.fullmatch(r"cpu|mps|cuda(:[0-9]+)?", name):
         raise ValueError(f"--device must be cuda, cuda:N, mps or cpu, {name} given")
 
-    device = torch.device(name)
+    kind, _, index = name.partition(":")
 
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if kind == "cuda" and not torch.cuda.is_available():
         raise TrainingError("--device: no CUDA device was found; --device=cpu runs without one.")
 
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device: {name} given, there are {torch.cuda.device_count()} GPUs")
 
-    if device.type == "mps" and not torch.backends.mps.is_available():
+    if kind == "mps" and not torch.backends.mps.is_available():
         raise TrainingError("--device: no MPS device was found; --device=cpu runs without one.")
 
-    return device
+    return torch.device(name)
 
 
 def check_processes(device: torch.device) -> None:
@@ -90,6 +90,13 @@ def check_processes(device: torch.device) -> None:
 
     if num_processes > 1:
         raise ValueError(f"{num_processes} processes were started, this version trains in one")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Tell whether an error of PyTorch means that memory ran out; on a CPU it has no own type."""
+    types = (torch.OutOfMemoryError, MemoryError)
+
+    return isinstance(error, types) or "can't allocate memory" in str(error)
 
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -119,7 +126,8 @@ def matmul_rate(device: torch.device, precision: str) -> float:
     )
     seconds = []
 
-    for _ in range(5):
+    # The first few are slow while threads and caches warm up.
+    while len(seconds) < 3 or sum(seconds) < 0.2:
         synchronize(device)
         start = time.perf_counter()
         left @ right
@@ -130,8 +138,10 @@ def matmul_rate(device: torch.device, precision: str) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def peak_memory(device: torch.device) -> int:
@@ -294,20 +304,23 @@ class Trainer:
         self.model.train()
         description = f"Epoch {len(self.metrics) + 1}"
         steps = range(self.step, last_step)
-        started, num_tokens = time.perf_counter(), 0
+        started = before = time.perf_counter()
+        num_tokens = 0
 
         with tqdm(steps, desc=description, unit="step", leave=False) as progress:
             for step in prefetch(load_step, steps, self.device):
-                begin = time.perf_counter()
                 loss, norm = self.take_step(step, stop)
 
                 self.loss_sum += loss
-                self.norm_sum += norm
+                self.norm_sum += norm if math.isfinite(norm) else 0.0
                 self.num_steps += 1
-                self.seconds += time.perf_counter() - begin
+
+                now = time.perf_counter()
+                self.seconds += now - before
+                before = now
 
                 num_tokens += sum(x.numel() for _, x, _ in step)
-                rate = num_tokens / (time.perf_counter() - started)
+                rate = num_tokens / (now - started)
                 progress.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s", refresh=False)
                 progress.update()
 
@@ -326,7 +339,10 @@ class Trainer:
         self.check_finite(loss, norm)
 
         for optimizer in self.optimizers:
-            self.scaler.step(optimizer)
+            # The scaler watches over each optimizer's own gradients; the norm is that of all.
+            if math.isfinite(norm):
+                self.scaler.step(optimizer)
+
             optimizer.zero_grad(set_to_none=True)
 
         self.scaler.update()
@@ -429,7 +445,17 @@ class Trainer:
         return min(losses, default=math.inf)
 
     def state_dict(self) -> dict:
-        """Return all that a resumed run needs, as tensors, strings and plain numbers."""
+        """Return all that a resumed run needs, as tensors, strings and plain numbers.
+
+        Raises:
+            TrainingError: when a weight is not finite, and so nothing that a run should resume.
+        """
+        if not all(torch.stack([p.isfinite().all() for p in self.model.parameters()]).tolist()):
+            raise TrainingError(
+                f"A weight is not a finite number after update {self.step}; earlier checkpoints"
+                " are untouched. Go on with --resume and a lower --learning_rate."
+            )
+
         return {
             "model": self.model.state_dict(),
             "optimizer": [optimizer.state_dict() for optimizer in self.optimizers],
@@ -455,9 +481,16 @@ class Trainer:
         self.model.load_state_dict(state["model"])
 
         for optimizer, optimizer_state in zip(self.optimizers, state["optimizer"], strict=True):
+            # What is set by flags and by the device is that of this run.
+            chosen = [{**group, "params": None} for group in optimizer.param_groups]
             optimizer.load_state_dict(optimizer_state)
 
-        self.scaler.load_state_dict(state["scaler"])
+            for group, values in zip(optimizer.param_groups, chosen, strict=True):
+                group.update({key: value for key, value in values.items() if key != "params"})
+
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+
         self.step = state["position"]
         self.metrics = state["metrics"]
         self.loss_sum, self.norm_sum, self.num_steps, self.seconds = state["epoch"]

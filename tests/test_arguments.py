@@ -186,7 +186,9 @@ def test_minimum_above_the_peak(error_of):
     assert error_of(["--min_learning_rate=0.1"])[0] == 2
 
 
-@pytest.mark.parametrize("dataset", [["./missing"], ["stdlib=0"], ["stdlib", "stdlib"]])
+@pytest.mark.parametrize(
+    "dataset", [["./missing"], ["stdlib=0"], ["stdlib", "stdlib"], ["stdlib", "a/b=1.5"]]
+)
 def test_sources_that_are_none(error_of, dataset):
     status, line = error_of(["--dataset", *dataset])
 
@@ -200,6 +202,20 @@ def test_choices(error_of, flag):
 
     assert status == 2
     assert f"--{flag}: invalid choice" in line
+
+
+def test_metrics_do_not_share_a_path_with_a_checkpoint(error_of):
+    for name in ("a.pt", "a.best.pt", "x/../a.previous.pt"):
+        status, line = error_of(["--checkpoint_path=a.pt", f"--metrics_path={name}"])
+
+        assert status == 2
+        assert "--metrics_path" in line
+
+
+def test_sources_add_up_over_repeated_flags(pre_train):
+    argv = ["--dataset", "a/b", "--dataset", "stdlib=2", "c/d"]
+
+    assert pre_train.build_parser().parse(argv, {})[0].dataset == ["a/b", "stdlib=2", "c/d"]
 
 
 def test_help_has_a_line_for_every_flag(pre_train, capsys):

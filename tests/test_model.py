@@ -204,13 +204,14 @@ def test_chunked_loss_equals_cross_entropy(num_tokens):
         torch.testing.assert_close(left, right, atol=1e-5, rtol=1e-5)
 
 
-def test_loss_in_bf16_is_as_exact_as_the_plain_path():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_loss_in_half_precision_is_as_exact_as_the_plain_path(dtype):
     torch.manual_seed(0)
     z, weight = torch.randn(2, 128, 64), torch.randn(384, 64) * 0.3
     y = torch.randint(300, (2, 128))
     truth = loss_and_gradients(reference_loss, z.double(), weight.double(), y)
 
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", dtype):
         plain = loss_and_gradients(reference_loss, z, weight, y)
         given = loss_and_gradients(lambda z, w, y: linear_cross_entropy(z, w, y, 300), z, weight, y)
 

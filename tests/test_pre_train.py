@@ -229,10 +229,20 @@ def test_loss_that_is_not_finite_stops_the_run(
     assert status == 1
     assert f"Loss {value} and gradient norm" in line
     assert "in epoch 2, step 4" in line
-    assert read(tmp_path / "checkpoint.pt")["position"] == 3
+    assert read(tmp_path / "checkpoint.pt")["position"] == 4
 
     monkeypatch.undo()
     assert pre_train.main(small("--resume")) == 0
+
+
+def test_weights_that_are_not_finite_are_never_saved(pre_train, small, tmp_path, error_of):
+    pre_train.main(small("--num_epochs=1"))
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    status, line = error_of(small("--resume", "--num_epochs=2", "--learning_rate=1e38"))
+
+    assert status == 1
+    assert "finite" in line or "Loss nan" in line
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
 
 def test_gradient_that_is_not_finite_stops_the_run(small, monkeypatch, error_of):
@@ -308,6 +318,18 @@ def test_resumed_run_can_go_on_for_longer_with_another_rate(pre_train, small, tm
     assert "Changed: learning_rate 0.0005 (saved) and 0.001 (given)" in output
     assert "Changed: num_epochs 3 (saved) and 4 (given)" in output
     assert read(tmp_path / "checkpoint.pt")["position"] == 12
+
+
+def test_changed_flags_take_effect_on_resume(pre_train, small, tmp_path):
+    pre_train.main(small("--num_epochs=1"))
+    flags = ["--resume", "--num_epochs=2", "--weight_decay=0.7", "--precision=fp16"]
+    pre_train.main(small(*flags))
+    state = read(tmp_path / "checkpoint.pt")
+    groups = [group for each in state["optimizer"] for group in each["param_groups"]]
+
+    assert [group["weight_decay"] for group in groups] == [0.7, 0.7, 0.0]
+    assert state["precision"] == "fp16"
+    assert state["scaler"]["scale"] > 0
 
 
 @pytest.mark.parametrize(
@@ -390,6 +412,32 @@ def test_new_run_keeps_the_checkpoint_of_an_earlier_one(pre_train, small, tmp_pa
 
     assert len(kept) == 1
     assert str(kept[0]) in capsys.readouterr().out
+    assert len(list(tmp_path.glob("checkpoint.best.2*.pt"))) == 1
+    assert len(list(tmp_path.glob("metrics.2*.csv"))) == 1
+
+
+def test_signal_during_a_dry_run(small, tmp_path):
+    patch = SIGNAL_AT.format(0, [int(signal.SIGINT)])
+    status, _, errors = finish(launch(small("--dry_run"), patch))
+
+    assert status == 130
+    assert "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_lone_text_file(pre_train, small, tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_text("\n\n".join(f"Paragraph {n} of a book. " * 20 for n in range(300)))
+
+    assert pre_train.main(small("--num_epochs=1", dataset=path)) == 0
+
+
+def test_dataset_folder_that_cannot_be_written(small, tmp_path, error_of):
+    (tmp_path / "file").write_text("")
+    status, line = error_of(small(f"--dataset_path={tmp_path / 'file' / 'dataset'}"))
+
+    assert status == 1
+    assert "file/dataset cannot be written: Not a directory. Choose another --dataset_path" in line
 
 
 @pytest.mark.parametrize("flag", ["--checkpoint_path", "--metrics_path"])
@@ -495,13 +543,16 @@ def test_device_is_chosen_when_none_is_given(pre_train, small, capsys):
 
 def test_out_of_memory_is_one_line(small, monkeypatch, error_of):
     def refuse(*_):
-        raise torch.OutOfMemoryError("2 GB")
+        raise error
 
     monkeypatch.setattr(training.Trainer, "accumulate_gradient", refuse)
-    status, line = error_of(small())
 
-    assert status == 1
-    assert "halve --batch_size" in line
+    for kind, text in ((torch.OutOfMemoryError, ""), (RuntimeError, "can't allocate memory: 9 GB")):
+        error = kind(text)
+        status, line = error_of(small())
+
+        assert status == 1
+        assert "halve --batch_size" in line
 
 
 def test_tensorboard_gets_the_scalars_where_it_is_installed(

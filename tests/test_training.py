@@ -225,6 +225,21 @@ def test_fp16_skips_an_overflow_and_scales_less(stop):
     assert not torch.equal(trainer.model.table.weight, before[0])
 
 
+@pytest.mark.parametrize("name", ["norm.weight", "blocks.0.mlp.hidden.weight"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_fp16_overflow_in_one_optimizer_stops_the_others(stop, name, value):
+    torch.manual_seed(0)
+    model = GPT(300, 8, 16, 2, 1)
+    optimizers = build_optimizers(model, "muon", 0.1, CPU)
+    schedule = Schedule("constant", 0.1, 0.0, 0, 10)
+    trainer = Trainer(model, optimizers, schedule, CPU, "fp16", 1, 1.0, peak_rate=1e12)
+    before = [p.clone() for p in model.parameters()]
+    model.get_parameter(name).register_hook(lambda gradient: gradient * value)
+    trainer.take_step(make_step(), stop)
+
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+
+
 def test_fp16_gives_up_when_scaling_does_not_help(stop):
     trainer = make_trainer(precision="fp16")
     trainer.model.table.weight.register_hook(lambda gradient: gradient * math.nan)
