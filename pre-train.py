@@ -36,19 +36,10 @@ from checkpoint import (
     save_checkpoint,
     set_aside,
 )
-from data import (
-    ENCODING,
-    VOCABULARY_SIZE,
-    DataError,
-    EvaluationWindows,
-    SampleStream,
-    Source,
-    TokenDataset,
-    load_or_prepare,
-    parse_source,
-    resolve_weights,
-)
+from data import EvaluationWindows, SampleStream, resolve_weights
 from model import GPT, check_sizes
+from preparation import Source, TokenDataset, load_or_prepare, parse_source
+from tokenizer import ENCODING, VOCABULARY_SIZE, DataError
 from training import (
     Interrupted,
     MetricsFile,
@@ -143,7 +134,7 @@ class Data:
     datasets: list[TokenDataset]
     weights: list[float]
     stream: SampleStream
-    tests: list[EvaluationWindows]
+    tests: dict[str, EvaluationWindows]
 
     @property
     def fingerprint(self) -> list[list]:
@@ -152,6 +143,12 @@ class Data:
             [dataset.name, weight, dataset.fingerprint]
             for dataset, weight in zip(self.datasets, self.weights, strict=True)
         ]
+
+    def mean_loss(self, losses: dict[str, float]) -> float:
+        """Return the mean of the sources' losses by their weights."""
+        pairs = zip(self.weights, self.datasets, strict=True)
+
+        return sum(weight * losses[dataset.name] for weight, dataset in pairs)
 
 
 def build_parser() -> Parser:
@@ -500,28 +497,32 @@ def run(args: Namespace, sources: list[tuple[Source, float | None]], device: tor
 
 def train(args: Namespace, trainer: Trainer, data: Data, stop: StopSignal) -> None:
     """Run all epochs that are left, evaluating and saving at their intervals."""
-    metrics = MetricsFile(Path(args.metrics_path), trainer.metrics)
+    # The loss of a single source is that of all.
+    columns = list(data.tests) if len(data.tests) > 1 else []
+    metrics = MetricsFile(Path(args.metrics_path), trainer.metrics, columns)
     load_step = step_loader(args, data)
     flops = trainer.model.flops_per_token(args.block_size)
 
     for epoch in range(len(trainer.metrics) + 1, args.num_epochs + 1):
         is_last = epoch == args.num_epochs
-        test_loss = None
+        losses = {}
 
         trainer.train_epoch(load_step, epoch * steps_per_epoch(args), stop)
 
         if epoch % args.eval_interval == 0 or is_last:
-            losses = [trainer.evaluate(test.batches(args.batch_size), stop) for test in data.tests]
-            test_loss = sum(w * loss for w, loss in zip(data.weights, losses, strict=True))
+            for name, windows in data.tests.items():
+                losses[name] = trainer.evaluate(windows.batches(args.batch_size), stop)
 
-        is_best = test_loss is not None and test_loss < trainer.best_test_loss
-        row = trainer.finish_epoch(tokens_per_step(args), test_loss, flops)
+        test_loss = data.mean_loss(losses) if losses else None
+        is_best = losses and test_loss < trainer.best_test_loss
+        by_source = {name: losses[name] for name in columns if losses}
+        row = trainer.finish_epoch(tokens_per_step(args), test_loss, flops, by_source)
 
         metrics.add(row)
         tqdm.write(describe_row(row, args.num_epochs))
 
         if epoch % args.checkpoint_interval == 0 or is_best or is_last:
-            save(args, trainer, data, is_best)
+            save(args, trainer, data, bool(is_best))
 
 
 def settle_choices(args: Namespace, device: torch.device, checkpoint: dict) -> None:
@@ -546,7 +547,7 @@ def open_data(args: Namespace, sources: list[tuple[Source, float | None]]) -> Da
         datasets,
         weights,
         SampleStream(trains, weights, args.block_size, args.seed),
-        [EvaluationWindows(dataset.test, args.block_size) for dataset in datasets],
+        {data.name: EvaluationWindows(data.test, args.block_size) for data in datasets},
     )
 
 
@@ -674,9 +675,11 @@ def describe(args: Namespace, trainer: Trainer, data: Data, compiled: str) -> No
     tokens = args.num_epochs * steps_per_epoch(args) * tokens_per_step(args)
     available = sum(len(dataset.train) for dataset in data.datasets)
 
-    for dataset in data.datasets:
+    for dataset, weight in zip(data.datasets, data.weights, strict=True):
+        share = f", {weight:.2%} of the samples" if weight < 1 else ""
         print(
-            f"Data:   {dataset.name}, {len(dataset.train):,} tokens, {len(dataset.test):,} to test"
+            f"Data:   {dataset.name}, {len(dataset.train):,} tokens, {len(dataset.test):,} to"
+            f" test{share}"
         )
 
     print(

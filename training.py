@@ -411,11 +411,18 @@ class Trainer:
 
         return total.item() / num_targets
 
-    def finish_epoch(self, tokens_per_step: int, test_loss: float | None, flops: float) -> dict:
+    def finish_epoch(
+        self,
+        tokens_per_step: int,
+        test_loss: float | None,
+        flops: float,
+        source_losses: dict[str, float],
+    ) -> dict:
         """Close the epoch that is under way and return its row of the metrics file.
 
         Args:
             flops: the operations that training on one token takes.
+            source_losses: the test losses that test_loss is the mean of, by source.
         """
         rate = self.num_steps * tokens_per_step / self.seconds
         row = {
@@ -430,6 +437,7 @@ class Trainer:
             "tokens_per_second": rate,
             "mfu": rate * flops / self.peak_rate,
             "seconds": self.seconds + (self.metrics[-1]["seconds"] if self.metrics else 0.0),
+            **{SOURCE_LOSS + name: loss for name, loss in source_losses.items()},
         }
 
         self.metrics.append(row)
@@ -577,6 +585,9 @@ def first_sentence(error: Exception) -> str:
 
 # --- The record of a run ---
 
+# Begins the names of columns that hold the test loss of one source.
+SOURCE_LOSS = "test_loss_"
+
 
 class MetricsFile:
     """The rows of a run as a CSV file and, where TensorBoard is installed, in `runs` beside it."""
@@ -595,12 +606,17 @@ class MetricsFile:
         "seconds",
     )
 
-    def __init__(self, path: Path, rows: list[dict]):
-        """Begin a file with the rows that a resumed run has behind it: none twice, none lost."""
+    def __init__(self, path: Path, rows: list[dict], sources: Iterable[str] = ()):
+        """Begin a file with the rows that a resumed run has behind it: none twice, none lost.
+
+        Args:
+            sources: the names of those that have a column for their test loss.
+        """
+        self.columns = [*self.COLUMNS, *(SOURCE_LOSS + name for name in sources)]
         temporary = path.with_name(f"{path.name}.tmp")
 
         with open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, self.COLUMNS)
+            writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
             writer.writerows(rows)
 
@@ -620,7 +636,7 @@ class MetricsFile:
 
     def add(self, row: dict) -> None:
         with open(self.path, "a", newline="") as file:
-            csv.DictWriter(file, self.COLUMNS).writerow(row)
+            csv.DictWriter(file, self.columns).writerow(row)
 
         if self.board is not None:
             for name, value in row.items():
@@ -635,7 +651,15 @@ def describe_row(row: dict, num_epochs: int) -> str:
     parts = [f"epoch {row['epoch']}/{num_epochs}", f"train loss {row['train_loss']:.3f}"]
 
     if row["test_loss"] is not None:
-        parts += [f"test loss {row['test_loss']:.3f}", f"perplexity {row['perplexity']:,.1f}"]
+        by_source = ", ".join(
+            f"{name.removeprefix(SOURCE_LOSS)} {loss:.3f}"
+            for name, loss in row.items()
+            if name.startswith(SOURCE_LOSS)
+        )
+        parts += [
+            f"test loss {row['test_loss']:.3f}" + (f" ({by_source})" if by_source else ""),
+            f"perplexity {row['perplexity']:,.1f}",
+        ]
 
     parts += [
         f"gradient norm {row['gradient_norm']:.2f}",

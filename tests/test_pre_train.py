@@ -1,6 +1,7 @@
 """Whole runs of pre-train.py: what a user does, and what happens to them."""
 
 import csv
+import hashlib
 import json
 import os
 import signal
@@ -483,30 +484,92 @@ def test_block_that_is_longer_than_the_data(small, error_of):
     assert "one sample takes 100,001; lower --block_size" in line
 
 
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def cut_in_half_a_token(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def fill_the_end_with_zeros(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100] + bytes(100))
+
+
+def swell(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + bytes(2))
+
+
+def put_in_other_ids(path: Path) -> None:
+    """Change a token to one beyond the vocabulary, with a checksum that is right."""
+    content = b"\xff\xff" + path.read_bytes()[2:]
+    path.write_bytes(content)
+    sidecar = Path(str(path).replace("-train.bin", ".json"))
+    values = json.loads(sidecar.read_text())
+    values["train"]["sha256"] = hashlib.sha256(content).hexdigest()
+    sidecar.write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (truncate, "bytes where"),
+        (cut_in_half_a_token, "bytes where"),
+        (empty, "0 bytes where"),
+        (fill_the_end_with_zeros, "is damaged"),
+        (swell, "bytes where"),
+        (put_in_other_ids, "holds token id 65535"),
+        (Path.unlink, "is missing"),
+    ],
+)
 def test_damaged_token_file_ends_the_run_before_its_first_step(
-    pre_train, small, tmp_path, text_folder, error_of
+    pre_train, small, tmp_path, error_of, damage, message
 ):
     flags = [f"--dataset_path={tmp_path / 'dataset'}"]
     pre_train.main(small(*flags, "--num_epochs=1"))
+    saved = (tmp_path / "checkpoint.pt").read_bytes()
     path = next((tmp_path / "dataset").glob("*-train.bin"))
-    path.write_bytes(path.read_bytes()[:-7])
+    damage(path)
     status, line = error_of(small(*flags))
 
     assert status == 1
     assert path.name in line
+    assert message in line
+    assert (tmp_path / "checkpoint.pt").read_bytes() == saved
 
 
-def test_sources_are_mixed_by_weight(pre_train, small, tmp_path, capsys):
+def test_sources_are_mixed_by_weight_and_tested_apart(pre_train, small, tmp_path, capsys):
     (tmp_path / "notes").mkdir()
     write_documents(tmp_path / "notes", 30, num_words=100)
-    argv = small("--num_epochs=1")
+    argv = small("--num_epochs=2")
     argv[0:1] = ["--dataset", argv[0].removeprefix("--dataset="), f"{tmp_path / 'notes'}=0.25"]
 
     assert pre_train.main(argv) == 0
 
-    dataset = read(tmp_path / "checkpoint.pt")["dataset"]
-    assert [weight for _, weight, _ in dataset] == [0.75, 0.25]
-    assert capsys.readouterr().out.count("Data:") == 2
+    checkpoint = read(tmp_path / "checkpoint.pt")
+    names = [name for name, _, _ in checkpoint["dataset"]]
+    output = capsys.readouterr().out
+
+    assert [weight for _, weight, _ in checkpoint["dataset"]] == [0.75, 0.25]
+    assert "75.00% of the samples" in output
+    assert "25.00% of the samples" in output
+
+    with open(tmp_path / "metrics.csv", newline="") as file:
+        first, last = csv.DictReader(file)
+
+    losses = [float(last[f"test_loss_{name}"]) for name in names]
+
+    assert first["test_loss"] == first[f"test_loss_{names[0]}"] == ""
+    assert float(last["test_loss"]) == pytest.approx(0.75 * losses[0] + 0.25 * losses[1])
+    assert losses[0] != losses[1]
+    assert (
+        f"test loss {float(last['test_loss']):.3f} ({names[0]} {losses[0]:.3f},"
+        f" {names[1]} {losses[1]:.3f})"
+    ) in output
 
 
 def test_dry_run_estimates_and_writes_nothing(pre_train, small, tmp_path, capsys):

@@ -1,0 +1,167 @@
+"""The lock between processes: one holds it, the dead hold nothing."""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import locks
+from locks import exclusive
+
+
+def refuse_to_wait(holder: str) -> None:
+    raise AssertionError(f"waits for {holder}")
+
+
+def dead_process() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+
+    return process.pid
+
+
+def write_lock(path: Path, **changes) -> dict:
+    holder = {"host": locks.host_name(), "process": os.getppid(), "token": "theirs", **changes}
+    path.write_text(json.dumps(holder))
+
+    return holder
+
+
+def test_the_lock_is_there_while_it_is_held_and_no_longer(tmp_path):
+    path = tmp_path / "lock"
+
+    with exclusive(path, refuse_to_wait):
+        assert json.loads(path.read_text())["process"] == os.getpid()
+
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_lock_is_given_back_after_an_error(tmp_path):
+    with pytest.raises(KeyError), exclusive(tmp_path / "lock", refuse_to_wait):
+        raise KeyError
+
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"process": dead_process()}, id="the process is dead"),
+        pytest.param({"process": os.getpid()}, id="its number is ours"),
+    ],
+)
+def test_the_lock_of_a_dead_process_is_taken_over(tmp_path, changes):
+    write_lock(tmp_path / "lock", **changes)
+
+    with exclusive(tmp_path / "lock", refuse_to_wait):
+        pass
+
+    assert not list(tmp_path.iterdir())
+
+
+def count_up(path: Path, counter: Path, barrier, num_turns: int) -> None:
+    barrier.wait()
+
+    for _ in range(num_turns):
+        with exclusive(path, lambda _: None):
+            number = int(counter.read_text())
+            time.sleep(0)
+            counter.write_text(str(number + 1))
+
+
+@pytest.mark.parametrize("is_stale", [False, True])
+def test_one_process_at_a_time(tmp_path, monkeypatch, is_stale):
+    """Read, add one, write: an update is lost as soon as two processes are in at once."""
+    monkeypatch.setattr(locks, "POLL", 0.001)
+    counter = tmp_path / "counter"
+    counter.write_text("0")
+
+    if is_stale:
+        write_lock(tmp_path / "lock", process=dead_process())
+
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(6)
+    arguments = (tmp_path / "lock", counter, barrier, 20)
+    processes = [context.Process(target=count_up, args=arguments) for _ in range(6)]
+
+    for process in processes:
+        process.start()
+
+    for process in processes:
+        process.join(timeout=60)
+
+    assert [process.exitcode for process in processes] == [0] * 6
+    assert counter.read_text() == "120"
+
+
+def test_a_holder_on_another_machine_is_believed_while_it_shows_life(tmp_path, monkeypatch):
+    """Its process number means nothing here, so that only its silence tells of its death."""
+    path = tmp_path / "lock"
+    holder = write_lock(path, host="another machine", process=dead_process())
+    monkeypatch.setattr(locks, "POLL", 0.001)
+    clock = iter(range(10**6))
+    monkeypatch.setattr(locks.time, "monotonic", lambda: next(clock))
+    beats = 0
+
+    def beat(_) -> None:
+        nonlocal beats
+        beats += 1
+
+        if beats < 100:
+            os.utime(path, ns=(beats, beats))
+
+        assert beats < 100 + locks.PATIENCE + 5
+
+    monkeypatch.setattr(locks.time, "sleep", beat)
+    told = []
+
+    with exclusive(path, told.append):
+        assert json.loads(path.read_text()) != holder
+
+    assert beats >= 100 + locks.PATIENCE - 5
+    assert told == [f"process {holder['process']} on another machine"]
+
+
+def test_a_holder_shows_life(tmp_path, monkeypatch):
+    monkeypatch.setattr(locks, "HEARTBEAT", 0.001)
+    path = tmp_path / "lock"
+
+    with exclusive(path, refuse_to_wait):
+        os.utime(path, ns=(0, 0))
+
+        while not path.stat().st_mtime_ns:
+            pass
+
+
+def test_a_holder_that_was_taken_for_dead_leaves_the_new_lock_alone(tmp_path):
+    path = tmp_path / "lock"
+
+    with exclusive(path, refuse_to_wait):
+        theirs = write_lock(path)
+
+    assert json.loads(path.read_text()) == theirs
+
+
+def test_a_process_killed_while_it_held_the_lock(tmp_path):
+    code = f"""
+import sys
+sys.path.insert(0, {str(Path(locks.__file__).parent)!r})
+from pathlib import Path
+import locks, signal
+with locks.exclusive(Path({str(tmp_path / "lock")!r}), print):
+    print("held", flush=True)
+    signal.pause()
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+    with exclusive(tmp_path / "lock", refuse_to_wait):
+        pass
