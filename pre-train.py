@@ -38,7 +38,8 @@ from checkpoint import (
 )
 from data import EvaluationWindows, SampleStream, resolve_weights
 from model import GPT, check_sizes
-from preparation import Source, TokenDataset, load_or_prepare, parse_source
+from preparation import Source, load_or_prepare, parse_source
+from token_files import TokenDataset
 from tokenizer import ENCODING, VOCABULARY_SIZE, DataError
 from training import (
     Interrupted,

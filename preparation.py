@@ -1,8 +1,5 @@
 """Text in, token files out: tokenized by several processes, restartable, whole or absent.
 
-NAME-train.bin and NAME-test.bin hold token ids (uint16, little-endian, no header), end-of-text
-behind every document. NAME.json describes both and is written last; without it there is no dataset.
-
     source -> files -> units of work -> parts, one per chunk of text -> two files
 
 Parts lie in NAME.parts, where a journal tells which units are done. Killed at any moment, the next
@@ -10,12 +7,10 @@ preparation goes on with them. Parts depend on the text alone, so any number of 
 number of restarts, ends with the same bytes.
 """
 
-import bisect
 import collections
 import contextlib
 import errno
 import functools
-import hashlib
 import itertools
 import json
 import math
@@ -25,34 +20,29 @@ import re
 import shutil
 import signal
 import threading
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from hub import DamagedDownloadError, HubDataset
 from locks import exclusive
+from parts import JoinedFiles, Journal, PartWriter
 from sources import Listing, Reader, StandardLibrary, TextFiles
-from tokenizer import (
-    ENCODING,
-    END_OF_TEXT,
-    TOKEN_TYPE,
-    VOCABULARY_SIZE,
-    DataError,
-    encode_documents,
+from token_files import (
+    FORMAT_VERSION,
+    SPLITS,
+    TokenDataset,
+    open_dataset,
+    read_sidecar,
+    state_of,
+    token_path,
+    write_whole,
 )
-
-FORMAT_VERSION = 2
-SPLITS = ("train", "test")
-
-# The share of the documents to test on: the first that gives 64 windows of GPT-2's context.
-TEST_SHARES = (0.005, 0.01, 0.02, 0.05, 0.1)
-MIN_TEST_TOKENS = 65_536
+from tokenizer import ENCODING, DataError
 
 # Files of at most so many bytes together are one unit of work.
 UNIT_SIZE = 1 << 21
@@ -104,154 +94,30 @@ def parse_source(value: str) -> tuple[Source, float | None]:
     )
 
 
-@dataclass(frozen=True)
-class TokenDataset:
-    """The token files of one source, mapped into memory: uint16 arrays of token ids."""
-
-    name: str
-    train: np.ndarray
-    test: np.ndarray
-    fingerprint: str
-
-
 def load_or_prepare(source: Source, folder: Path, num_processes: int) -> TokenDataset:
     """Map the token files of a source into memory, after making them where there are none.
 
     Raises:
         DataError: when files do not match what is written about them, or the source is unfit.
-        OSError: when the files cannot be read or written.
+        OSError: when the files cannot be read.
     """
-    sidecar = up_to_date_sidecar(source, folder)
-
-    if sidecar is None:
+    if not is_prepared(source, folder):
         prepare(source, folder, num_processes)
-        sidecar = read_sidecar(folder / f"{source.name}.json")
 
-    verify(folder, source.name, sidecar)
-    train, test = (
-        np.memmap(token_path(folder, source.name, split), dtype=TOKEN_TYPE, mode="r")
-        for split in SPLITS
-    )
-
-    return TokenDataset(source.name, train, test, sidecar["train"]["sha256"])
+    return open_dataset(folder, source.name)
 
 
-def up_to_date_sidecar(source: Source, folder: Path) -> dict | None:
-    """Return what is known about the token files, None where there are none of this very text."""
+def is_prepared(source: Source, folder: Path) -> bool:
+    """Tell whether there are token files of this very text; the Hub is not asked."""
     path = folder / f"{source.name}.json"
 
     if not path.exists():
-        return None
+        return False
 
     sidecar = read_sidecar(path)
+    prepared = sidecar["source"], sidecar["revision"]
 
-    if not source.is_hub and sidecar_state(sidecar) != (source.description, source.revision()):
-        return None
-
-    return sidecar
-
-
-def sidecar_state(sidecar: dict) -> tuple[str, str]:
-    return sidecar["source"], sidecar["revision"]
-
-
-def token_path(folder: Path, name: str, split: str) -> Path:
-    return folder / f"{name}-{split}.bin"
-
-
-# --- Checking what was prepared ---
-
-
-def read_sidecar(path: Path) -> dict:
-    """Read what is known about a pair of token files, and refuse what this code cannot use."""
-    remedy = f"delete {path} to have the dataset prepared again"
-
-    try:
-        sidecar = json.loads(path.read_text())
-        version, encoding = sidecar["format_version"], sidecar["encoding"]
-
-        if version == FORMAT_VERSION:
-            [sidecar[split][key] for split in SPLITS for key in ("documents", "sha256")]
-            [sidecar[split]["tokens"] + 0 for split in SPLITS]
-            [sidecar[key] for key in ("source", "revision")]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is damaged; {remedy}.") from error
-
-    if version != FORMAT_VERSION:
-        raise DataError(f"{path} has format {version}, format {FORMAT_VERSION} is read; {remedy}.")
-
-    if encoding != ENCODING:
-        raise DataError(f"{path} was tokenized by {encoding}, {ENCODING} is needed; {remedy}.")
-
-    return sidecar
-
-
-def verify(folder: Path, name: str, sidecar: dict) -> None:
-    """Compare token files with their sidecar: sizes always, contents once and after each change.
-
-    Raises:
-        DataError: when a file is missing, or its size, checksum or ids are wrong.
-    """
-    for split in SPLITS:
-        path = token_path(folder, name, split)
-        expected = sidecar[split]["tokens"] * TOKEN_TYPE.itemsize
-
-        if not path.exists():
-            raise DataError(f"{path} is missing; delete {name}.json to have it prepared again.")
-
-        if (size := path.stat().st_size) != expected:
-            raise DataError(
-                f"{path} has {size:,} bytes where {expected:,} were written;"
-                f" delete {name}.json to have it prepared again."
-            )
-
-    stamp_path = folder / f"{name}.verified"
-    stamp = state_of(folder, name, sidecar)
-
-    if stamp_path.exists() and stamp_path.read_bytes() == stamp:
-        return
-
-    for split in SPLITS:
-        path = token_path(folder, name, split)
-        digest, largest = scan(path)
-
-        if digest != sidecar[split]["sha256"]:
-            raise DataError(f"{path} is damaged; delete {name}.json to have it prepared again.")
-
-        if largest >= VOCABULARY_SIZE:
-            raise DataError(
-                f"{path} holds token id {largest}, {ENCODING} ends at {VOCABULARY_SIZE - 1}."
-            )
-
-    # Files on a disk that cannot be written to are read through every time.
-    with contextlib.suppress(OSError):
-        write_whole(stamp_path, stamp)
-
-
-def state_of(folder: Path, name: str, sidecar: dict) -> bytes:
-    """Return checksums, sizes and times of a pair of token files: what a file changes with."""
-    lines = []
-
-    for split in SPLITS:
-        status = token_path(folder, name, split).stat()
-        lines.append(f"{sidecar[split]['sha256']} {status.st_size} {status.st_mtime_ns}\n")
-
-    return "".join(lines).encode()
-
-
-def scan(path: Path) -> tuple[str, int]:
-    """Return the sha256 of a token file and its largest id (-1 when it is empty)."""
-    digest, largest = hashlib.sha256(), -1
-
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 24):
-            digest.update(chunk)
-            largest = max(largest, int(np.frombuffer(chunk, dtype=TOKEN_TYPE).max()))
-
-    return digest.hexdigest(), largest
-
-
-# --- Preparing ---
+    return source.is_hub or prepared == (source.description, source.revision())
 
 
 def prepare(source: Source, folder: Path, num_processes: int) -> None:
@@ -270,8 +136,9 @@ def prepare(source: Source, folder: Path, num_processes: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
 
         with exclusive(folder / f"{source.name}.lock", tell):
-            if up_to_date_sidecar(source, folder) is None:
+            if not is_prepared(source, folder):
                 tell_change(source, folder)
+                shutil.rmtree(finished_path(parts), ignore_errors=True)
                 parts.mkdir(exist_ok=True)
                 prepare_parts(source, parts, num_processes)
                 publish(parts, folder, source.name)
@@ -291,9 +158,10 @@ def tell_change(source: Source, folder: Path) -> None:
     path = folder / f"{source.name}.json"
 
     if path.exists():
+        sidecar = read_sidecar(path)
         print(
             f"Note:   {source.name} is prepared again, for the text has changed:"
-            f" {', '.join(sidecar_state(read_sidecar(path)))}, then;"
+            f" {sidecar['source']}, {sidecar['revision']}, then;"
             f" {source.description}, {source.revision()}, now"
         )
 
@@ -303,18 +171,21 @@ def prepare_parts(source: Source, parts: Path, num_processes: int) -> None:
 
     Parts are joined as they come, once the share to test on is known, and deleted.
     """
-    if (parts / "sidecar.json").exists():
-        return
-
     journal = Journal(parts / "journal.jsonl")
+    listing = None
 
     # When all is tokenized the Hub has nothing more to say.
     if not (journal.is_complete and source.is_hub):
         listing = source.listing(journal.revision)
         journal.open(source.description, listing.revision)
 
+    if (parts / "sidecar.json").exists():
+        return
+
     with JoinedFiles(parts, journal) as joined:
         if not journal.is_complete:
+            listing = listing or source.listing(journal.revision)
+
             for _ in tokenize(source, listing, parts, journal, num_processes):
                 joined.add_new_parts()
 
@@ -357,89 +228,14 @@ def publish(parts: Path, folder: Path, name: str) -> None:
     sidecar = json.loads((parts / "sidecar.json").read_text())
     write_whole(folder / f"{name}.verified", state_of(folder, name, sidecar))
     os.replace(parts / "sidecar.json", folder / f"{name}.json")
-    shutil.rmtree(parts)
+
+    # Under its own name, half a folder would be gone on with.
+    os.replace(parts, finished_path(parts))
+    shutil.rmtree(finished_path(parts))
 
 
-class Journal:
-    """Which units of work are done, in order, and with which parts; a line of JSON for each.
-
-    Args:
-        path: a file that a kill may have cut at any byte.
-    """
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.head: dict = {}
-        self.units: dict[str, dict] = {}
-        self.is_complete = False
-
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            head, *lines = path.read_text().split("\n")
-            self.head = json.loads(head)
-
-            for line in lines[:-1]:
-                unit = json.loads(line)
-                self.is_complete = unit == COMPLETE
-
-                if not self.is_complete:
-                    self.units[unit["unit"]] = unit
-
-        # In the order of the text.
-        self.parts = [part for unit in self.units.values() for part in unit["parts"]]
-
-    @property
-    def revision(self) -> str | None:
-        return self.head.get("revision")
-
-    def open(self, description: str, revision: str) -> None:
-        """Go on with the parts of just this text, or begin anew."""
-        head = {"format_version": FORMAT_VERSION, "source": description, "revision": revision}
-
-        if self.head != head:
-            shutil.rmtree(self.path.parent)
-            self.path.parent.mkdir()
-            self.units, self.parts, self.head, self.is_complete = {}, [], head, False
-        elif self.units:
-            print(f"Note:   going on with {len(self.parts):,} parts that are done")
-
-        self.rewrite()
-
-    def rewrite(self) -> None:
-        lines = [self.head, *self.units.values(), *([COMPLETE] if self.is_complete else [])]
-        write_whole(self.path, "".join(json.dumps(line) + "\n" for line in lines).encode())
-
-    def keep(self, num_parts: int) -> None:
-        """Forget the units from the one on that has more than the first num_parts parts."""
-        kept, self.units, self.parts, self.is_complete = self.units, {}, [], False
-
-        for key, unit in kept.items():
-            if len(self.parts) + len(unit["parts"]) > num_parts:
-                break
-
-            self.units[key] = unit
-            self.parts += unit["parts"]
-
-        self.rewrite()
-
-    def add(self, unit: dict) -> None:
-        self.units[unit["unit"]] = unit
-        self.parts += unit["parts"]
-        self.append(unit)
-
-    def complete(self) -> None:
-        """Note that there are no more units."""
-        self.is_complete = True
-        self.append(COMPLETE)
-
-    def append(self, line: dict) -> None:
-        with open(self.path, "a") as file:
-            file.write(json.dumps(line) + "\n")
-
-
-COMPLETE = {"unit": None}
-
-
-# --- Tokenizing ---
+def finished_path(parts: Path) -> Path:
+    return parts.with_suffix(".finished")
 
 
 @dataclass(frozen=True)
@@ -648,259 +444,3 @@ def tokenize_chunk(file, chunk: int, writer: "PartWriter") -> tuple[bool, int]:
 def open_reader(file) -> Reader:
     """Keep the file open that this process is at: it is given later and later chunks of it."""
     return Reader(file)
-
-
-class PartWriter:
-    """Writes documents, as they come, into parts of about a chunk each.
-
-    A part holds its documents by the smallest of TEST_SHARES that would test on them, so that what
-    is tested on, once all parts are known and the share is chosen, stands at its beginning.
-    """
-
-    def __init__(self, folder: Path, key: str):
-        self.folder = folder
-        self.key = key
-        self.records: list[dict] = []
-        self.clear()
-
-    def clear(self) -> None:
-        self.texts: list[str] = []
-        self.places: list[int] = []
-        self.size = 0
-
-    def add(self, file, rows: Iterable[tuple[int, str | None]]) -> None:
-        """Add rows of a file, each with its number; those without text are no documents."""
-        for number, text in rows:
-            if text:
-                self.texts.append(text)
-                self.places.append(bisect.bisect(TEST_SHARES, place_hash(file.name, number)))
-                self.size += len(text)
-
-            if self.size >= Reader.CHUNK_SIZE:
-                self.flush()
-
-    def flush(self) -> None:
-        """Write what has come since the last part, if anything; a kill leaves no half of it."""
-        if not self.texts:
-            return
-
-        tokens = encode_documents(self.texts)
-        ends = np.flatnonzero(tokens == END_OF_TEXT) + 1  # (documents)
-        documents = np.split(tokens, ends[:-1])
-        order = np.argsort(self.places, kind="stable")
-        name = f"{self.key}-{len(self.records):06d}.part"
-        content = np.concatenate([documents[i] for i in order]).tobytes()
-        write_whole(self.folder / name, content, is_forced=False)
-
-        num_places = len(TEST_SHARES) + 1
-        num_tokens = np.bincount(self.places, np.diff(ends, prepend=0), num_places)
-        self.records.append(
-            {
-                "name": name,
-                "crc32": zlib.crc32(content),
-                "documents": np.bincount(self.places, minlength=num_places).tolist(),
-                "tokens": num_tokens.astype(int).tolist(),
-            }
-        )
-        self.clear()
-
-
-def place_hash(name: str, row: int) -> float:
-    """Map the place of a document to [0, 1): its split depends on nothing else."""
-    digest = hashlib.blake2b(f"{name} {row}".encode(), digest_size=8).digest()
-
-    return int.from_bytes(digest, "little") / 2**64
-
-
-# --- Joining ---
-
-
-class JoinedFiles:
-    """The two token files, growing by the parts of a journal, also over several attempts.
-
-    A part is deleted as soon as its copy is forced onto the disk: so the disk holds the tokens
-    about once, and the parts that are missing are those that were joined.
-    """
-
-    # Parts wait for the disk until they are so many bytes, or this share of what is joined.
-    MIN_WAITING = 1 << 20
-    WAITING_SHARE = 1 / 32
-
-    def __init__(self, folder: Path, journal: Journal):
-        self.folder = folder
-        self.journal = journal
-        # How many classes of documents are tested on, once it is known.
-        self.num_test_classes: int | None = None
-        self.num_joined = 0
-        self.num_bytes = 0
-        self.waiting: list[Path] = []
-        self.num_waiting = 0
-        self.files = {split: open(folder / f"{split}.bin", "a+b") for split in SPLITS}  # noqa: SIM115
-        self.digests = {split: hashlib.sha256() for split in SPLITS}
-
-    def __enter__(self) -> "JoinedFiles":
-        self.go_on()
-
-        return self
-
-    def __exit__(self, *_) -> None:
-        for file in self.files.values():
-            file.close()
-
-    def go_on(self) -> None:
-        """Go back to what an earlier attempt has surely joined, and check the parts it left."""
-        parts = self.journal.parts
-        is_left = [(self.folder / part["name"]).exists() for part in parts]
-        self.num_joined = is_left.index(True) if True in is_left else len(parts)
-        self.choose_share()
-
-        if self.num_test_classes is None:
-            self.num_joined = 0
-
-        joined = parts[: self.num_joined]
-
-        for split, file in self.files.items():
-            size = sum(self.size(part, split) for part in joined)
-
-            if os.fstat(file.fileno()).st_size < size:
-                shutil.rmtree(self.folder)
-
-                raise DataError(
-                    f"{file.name} was damaged and is deleted; start the same command again."
-                )
-
-            file.truncate(size)
-            file.seek(0)
-            self.num_bytes += size
-
-            while chunk := file.read(1 << 24):
-                self.digests[split].update(chunk)
-
-        for number in range(self.num_joined, len(parts)):
-            if self.read(parts[number]) is None:
-                self.journal.keep(number)
-                break
-
-    def read(self, part: dict) -> bytes | None:
-        """Return the content of a part, None when it is not what the journal says."""
-        with contextlib.suppress(FileNotFoundError):
-            content = (self.folder / part["name"]).read_bytes()
-
-            return content if zlib.crc32(content) == part["crc32"] else None
-
-        return None
-
-    def size(self, part: dict, split: str) -> int:
-        """Return how many bytes of a part belong to a split; all to none while that is open."""
-        if self.num_test_classes is None:
-            return 0
-
-        return sum(part["tokens"][self.classes[split]]) * TOKEN_TYPE.itemsize
-
-    @property
-    def classes(self) -> dict[str, slice]:
-        return {"train": slice(self.num_test_classes, None), "test": slice(self.num_test_classes)}
-
-    @property
-    def test_share(self) -> float:
-        return TEST_SHARES[self.num_test_classes - 1]
-
-    def choose_share(self) -> None:
-        """Choose the first share of the documents that is enough to test on, else the largest.
-
-        More text only adds to what each share gives, so the first one may be sure early.
-        """
-        tokens = sum_lists(self.journal.parts, "tokens")
-        is_enough = np.cumsum(tokens[:-1]) >= MIN_TEST_TOKENS
-
-        if is_enough[0]:
-            self.num_test_classes = 1
-        elif self.journal.is_complete:
-            found = np.append(np.flatnonzero(is_enough), len(TEST_SHARES) - 1)
-            self.num_test_classes = int(found[0]) + 1
-
-    def add_new_parts(self) -> None:
-        """Append what the journal has more than the files, if the share to test on is known.
-
-        Raises:
-            DataError: when a part is damaged.
-        """
-        if self.num_test_classes is None:
-            self.choose_share()
-
-        if self.num_test_classes is None:
-            return
-
-        for part in self.journal.parts[self.num_joined :]:
-            content = self.read(part)
-
-            if content is None:
-                raise DataError(
-                    f"A part in {self.folder} was damaged; start the same command again."
-                )
-
-            num_test = self.size(part, "test")
-            self.append("test", content[:num_test])
-            self.append("train", content[num_test:])
-            self.num_joined += 1
-            self.num_bytes += len(content)
-            self.num_waiting += len(content)
-            self.waiting.append(self.folder / part["name"])
-
-            if self.num_waiting > max(self.MIN_WAITING, self.WAITING_SHARE * self.num_bytes):
-                self.force()
-
-    def append(self, split: str, content: bytes) -> None:
-        self.files[split].write(content)
-        self.digests[split].update(content)
-
-    def force(self) -> None:
-        """Force the files onto the disk, and delete the parts that are in them."""
-        for file in self.files.values():
-            file.flush()
-            os.fsync(file.fileno())
-
-        for path in self.waiting:
-            path.unlink()
-
-        self.waiting, self.num_waiting = [], 0
-
-    def finish(self) -> dict[str, dict]:
-        """Append all that is left; return documents, tokens and sha256 of both files."""
-        self.add_new_parts()
-        self.force()
-        sums = {key: sum_lists(self.journal.parts, key) for key in ("documents", "tokens")}
-
-        return {
-            split: {
-                **{key: int(values[classes].sum()) for key, values in sums.items()},
-                "sha256": self.digests[split].hexdigest(),
-            }
-            for split, classes in self.classes.items()
-        }
-
-
-def sum_lists(parts: list[dict], key: str) -> np.ndarray:
-    """Add up, by class, the documents or the tokens of all parts."""
-    return np.sum([part[key] for part in parts], axis=0) + np.zeros(len(TEST_SHARES) + 1, dtype=int)
-
-
-def write_whole(path: Path, content: bytes, is_forced: bool = True) -> None:
-    """Write a small file so that it is either complete or absent, whatever happens.
-
-    Args:
-        is_forced: onto the disk, so that it also survives a power failure.
-    """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-
-            if is_forced:
-                file.flush()
-                os.fsync(file.fileno())
-
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -2,8 +2,9 @@
 
     python benchmarks/preparation.py TEXT.parquet --nanogpt=PATH --num_processes=2
 
-Prints tokens a second of whole commands, start-up and all, alternately run; of both `prepare`s and
-of tiktoken's encode_ordinary_batch alone, with the text already in memory.
+Prints tokens a second of whole commands, start-up and all, run in turns; beside them those of
+tiktoken's encode_ordinary_batch alone, with the text in memory. Of ours also the peak memory of the
+largest process, and the most that the disk held, as a multiple of the finished files.
 """
 
 import argparse
@@ -21,20 +22,41 @@ ROOT = Path(__file__).resolve().parent.parent
 OURS = """
 import sys
 sys.path.insert(0, {root!r})
+import json, resource, threading
 from pathlib import Path
 import preparation
 
+folder = Path({folder!r}) / "dataset"
+
+def watch(stop, sizes):
+    while not stop.wait(0.02):
+        try:
+            sizes.append(sum(path.stat().st_size for path in folder.rglob("*")))
+        except FileNotFoundError:
+            pass
+
 if __name__ == "__main__":
+    stop, sizes = threading.Event(), [0]
+    thread = threading.Thread(target=watch, args=(stop, sizes))
+    thread.start()
     source, _ = preparation.parse_source({text!r})
-    dataset = preparation.load_or_prepare(source, Path({folder!r}), {num_processes})
-    print(len(dataset.train) + len(dataset.test))
+    dataset = preparation.load_or_prepare(source, folder, {num_processes})
+    stop.set()
+    thread.join()
+    usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    size = sum(path.stat().st_size for path in folder.glob("*"))
+    print(json.dumps(dict(
+        tokens=len(dataset.train) + len(dataset.test),
+        peak_memory_mb=round(max(usage.ru_maxrss for usage in usages) / 1024),
+        peak_disk_ratio=round(max(sizes) / size, 3),
+    )))
 """
 
 # What nanoGPT's script would download is given to it: the text, and the ranks of the encoding.
 NANOGPT = """
 import sys
 sys.path.insert(0, {root!r})
-import runpy
+import json, runpy
 from pathlib import Path
 import datasets, tiktoken
 import tokenizer
@@ -56,13 +78,13 @@ source = source.replace("num_proc = 8", "num_proc = {num_processes}")
 # Of a small text it tests on fewer documents than the batches that it writes.
 script.write_text(source.replace("total_batches = 1024", "total_batches = min(1024, len(dset))"))
 runpy.run_path(str(script), run_name="__main__")
-print(sum(path.stat().st_size // 2 for path in script.parent.glob("*.bin")))
+print(json.dumps(dict(tokens=sum(p.stat().st_size // 2 for p in script.parent.glob("*.bin")))))
 """
 
 BATCH = """
 import sys
 sys.path.insert(0, {root!r})
-import time
+import json, time
 import pyarrow.parquet
 import tokenizer
 
@@ -71,12 +93,12 @@ encoding = tokenizer.load_encoding()
 start = time.perf_counter()
 tokens = encoding.encode_ordinary_batch(texts, num_threads={num_processes})
 seconds = time.perf_counter() - start
-print(sum(map(len, tokens)), seconds)
+print(json.dumps(dict(tokens=sum(map(len, tokens)), seconds=seconds)))
 """
 
 
-def run(code: str, **values) -> float:
-    """Run code in a new process and folder; return tokens a second."""
+def run(code: str, **values) -> dict:
+    """Run code in a new process and folder; return what it prints, and tokens_per_second."""
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder) / "run.py"
         script.write_text(code.format(root=str(ROOT), folder=folder, **values))
@@ -90,9 +112,10 @@ def run(code: str, **values) -> float:
     if result.returncode:
         sys.exit(result.stderr)
 
-    tokens, *measured = result.stdout.split("\n")[-2].split()
+    measured = json.loads(result.stdout.splitlines()[-1])
+    rate = measured["tokens"] / measured.get("seconds", seconds)
 
-    return int(tokens) / float(measured[0] if measured else seconds)
+    return {**measured, "tokens_per_second": rate}
 
 
 def main() -> None:
@@ -105,19 +128,25 @@ def main() -> None:
 
     codes = {"ours": OURS, "encode_ordinary_batch": BATCH}
     codes.update({"nanoGPT": NANOGPT} if args.nanogpt else {})
-    rates: dict[str, list[float]] = {name: [] for name in codes}
+    runs: dict[str, list[dict]] = {name: [] for name in codes}
 
     for _ in range(args.repeats):
         for name, code in codes.items():
-            rates[name].append(run(code, **vars(args)))
+            runs[name].append(run(code, **vars(args)))
 
-    medians = {name: statistics.median(values) for name, values in rates.items()}
+    rates = {
+        name: statistics.median(run["tokens_per_second"] for run in some)
+        for name, some in runs.items()
+    }
     result = {
-        "tokens_per_second": {name: round(median) for name, median in medians.items()},
-        "ratios": {name: round(medians["ours"] / median, 2) for name, median in medians.items()},
-        "openwebtext_minutes_on_8_cores": round(
-            9.0e9 / (medians["ours"] / args.num_processes * 8) / 60, 1
+        "tokens": runs["ours"][0]["tokens"],
+        "tokens_per_second": {name: round(rate) for name, rate in rates.items()},
+        "ours_is_faster_by": {name: round(rates["ours"] / rate, 2) for name, rate in rates.items()},
+        "minutes_for_openwebtext_on_8_cores": round(
+            9.0e9 / (rates["ours"] / args.num_processes * 8) / 60, 1
         ),
+        "peak_memory_mb": max(run["peak_memory_mb"] for run in runs["ours"]),
+        "peak_disk_ratio": max(run["peak_disk_ratio"] for run in runs["ours"]),
     }
     print(json.dumps(result, indent=2))
 

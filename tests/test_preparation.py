@@ -14,10 +14,14 @@ import pytest
 from conftest import ROOT, finish, launch, write_documents
 
 import locks
+import parts
 import preparation
-from preparation import DataError, JoinedFiles, load_or_prepare
+import token_files
+from parts import JoinedFiles, place_hash
+from preparation import load_or_prepare
 from sources import Reader, TextFiles
-from tokenizer import END_OF_TEXT, encode, load_encoding
+from token_files import SPLITS
+from tokenizer import END_OF_TEXT, DataError, encode, load_encoding
 
 
 def documents_in(path: Path) -> list[str]:
@@ -34,9 +38,7 @@ def documents_in(path: Path) -> list[str]:
 def test_token_files_hold_every_document_once(text_folder, tmp_path):
     source = TextFiles(text_folder)
     load_or_prepare(source, tmp_path, 1)
-    train, test = (
-        documents_in(tmp_path / f"{source.name}-{split}.bin") for split in preparation.SPLITS
-    )
+    train, test = (documents_in(tmp_path / f"{source.name}-{split}.bin") for split in SPLITS)
     texts = [path.read_text() for path in sorted(text_folder.iterdir())]
 
     assert sorted(train + test) == sorted(texts)
@@ -57,7 +59,7 @@ def test_token_files_hold_every_document_once(text_folder, tmp_path):
 def test_no_more_documents_are_tested_on_than_it_takes(
     tmp_path, monkeypatch, min_tokens, num_tests
 ):
-    monkeypatch.setattr(preparation, "MIN_TEST_TOKENS", min_tokens)
+    monkeypatch.setattr(parts, "MIN_TEST_TOKENS", min_tokens)
     (tmp_path / "text").mkdir()
     write_documents(tmp_path / "text", 2000, num_words=2)
     source = TextFiles(tmp_path / "text")
@@ -68,11 +70,11 @@ def test_no_more_documents_are_tested_on_than_it_takes(
 
 
 def test_places_are_spread_evenly():
-    places = [preparation.place_hash("a", row) for row in range(20_000)]
+    places = [place_hash("a", row) for row in range(20_000)]
 
     assert sum(place < 0.005 for place in places) == pytest.approx(100, abs=40)
-    assert places[:10] == [preparation.place_hash("a", row) for row in range(10)]
-    assert preparation.place_hash("b", 0) != preparation.place_hash("a", 0)
+    assert places[:10] == [place_hash("a", row) for row in range(10)]
+    assert place_hash("b", 0) != place_hash("a", 0)
 
 
 def test_a_new_document_moves_no_other_between_the_splits(tmp_path):
@@ -108,7 +110,7 @@ def test_changed_text_is_prepared_again_and_it_says_why(tmp_path, capsys):
 def prepared(source, folder):
     load_or_prepare(source, folder, 1)
 
-    return {split: folder / f"{source.name}-{split}.bin" for split in preparation.SPLITS}
+    return {split: folder / f"{source.name}-{split}.bin" for split in SPLITS}
 
 
 def damage_truncate(path):
@@ -150,7 +152,7 @@ def damage_flipped_bit(path):
         Path.unlink,
     ],
 )
-@pytest.mark.parametrize("split", preparation.SPLITS)
+@pytest.mark.parametrize("split", SPLITS)
 def test_damaged_token_files_are_refused(text_folder, tmp_path, damage, split):
     source = TextFiles(text_folder)
     path = prepared(source, tmp_path)[split]
@@ -191,7 +193,7 @@ def test_ids_beyond_the_vocabulary_are_refused(text_folder, tmp_path):
     tokens = np.fromfile(path, dtype="<u2")
     tokens[5] = 50257
     tokens.tofile(path)
-    digest, _ = preparation.scan(path)
+    digest, _ = token_files.scan(path)
     change_sidecar(tmp_path, source, lambda sidecar: sidecar["train"].update(sha256=digest))
 
     with pytest.raises(DataError, match="holds token id 50257, r50k_base ends at 50256"):
@@ -202,8 +204,8 @@ def test_files_are_hashed_once_and_again_after_a_change(text_folder, tmp_path, m
     source = TextFiles(text_folder)
     prepared(source, tmp_path)
     scanned = []
-    scan = preparation.scan
-    monkeypatch.setattr(preparation, "scan", lambda path: scanned.append(path) or scan(path))
+    scan = token_files.scan
+    monkeypatch.setattr(token_files, "scan", lambda path: scanned.append(path) or scan(path))
 
     load_or_prepare(source, tmp_path, 1)
     assert not scanned
@@ -266,7 +268,7 @@ SCRIPT = f"""
 import multiprocessing, os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-import preparation, sources
+import parts, preparation, sources
 
 source, folder = sys.argv[1:3]
 num_processes, kill_at, min_waiting = map(int, sys.argv[3:])
@@ -291,8 +293,8 @@ if __name__ == "__main__":
         sources.Reader.CHUNK_SIZE = {CHUNK_SIZE}
         preparation.UNIT_SIZE = {UNIT_SIZE}
 
-    preparation.MIN_TEST_TOKENS = {MIN_TEST_TOKENS}
-    preparation.JoinedFiles.MIN_WAITING = min_waiting
+    parts.MIN_TEST_TOKENS = {MIN_TEST_TOKENS}
+    parts.JoinedFiles.MIN_WAITING = min_waiting
     preparation.MIN_SIZE_PER_PROCESS = 1
     sys.addaudithook(count)
     preparation.load_or_prepare(sources.TextFiles(Path(source)), Path(folder), num_processes)
@@ -341,7 +343,7 @@ def test_a_killed_preparation_goes_on_to_the_same_bytes(
 
     monkeypatch.setattr(Reader, "CHUNK_SIZE", CHUNK_SIZE)
     monkeypatch.setattr(preparation, "UNIT_SIZE", UNIT_SIZE)
-    monkeypatch.setattr(preparation, "MIN_TEST_TOKENS", MIN_TEST_TOKENS)
+    monkeypatch.setattr(parts, "MIN_TEST_TOKENS", MIN_TEST_TOKENS)
     monkeypatch.setattr(JoinedFiles, "MIN_WAITING", MIN_WAITING)
     load_or_prepare(TextFiles(text_folder), tmp_path, 1)
 
@@ -387,19 +389,38 @@ def test_parts_that_were_damaged_meanwhile_are_made_again(
 ):
     expected, num_events = undisturbed
     prepare_in_process(text_folder, tmp_path, 1, num_events // 2, 1 << 20)
-    parts = sorted(tmp_path.glob("*.parts/*.part"))
+    left = sorted(tmp_path.glob("*.parts/*.part"))
 
-    assert parts
+    assert left
 
-    damage(parts[-1])
+    damage(left[-1])
     prepare_in_process(text_folder, tmp_path, 1)
 
     assert contents(tmp_path) == expected
 
 
+def test_text_that_changes_before_the_last_move_is_prepared_again(tmp_path, undisturbed):
+    """All is done but the renaming when the text changes."""
+    _, num_events = undisturbed
+    (tmp_path / "text").mkdir()
+    write_documents(tmp_path / "text", 80)
+
+    for kill_at in range(num_events, 0, -1):
+        prepare_in_process(tmp_path / "text", tmp_path / str(kill_at), 1, kill_at)
+
+        if list((tmp_path / str(kill_at)).glob("*.parts/sidecar.json")):
+            break
+
+    (tmp_path / "text" / "000.txt").write_text("another beginning")
+    prepare_in_process(tmp_path / "text", tmp_path / str(kill_at), 1)
+    files = (tmp_path / str(kill_at)).glob("*.bin")
+
+    assert "another beginning" in [text for path in files for text in documents_in(path)]
+
+
 def test_the_disk_holds_the_tokens_about_once(large_text, tmp_path, monkeypatch):
     monkeypatch.setattr(Reader, "CHUNK_SIZE", 1 << 16)
-    monkeypatch.setattr(preparation, "MIN_TEST_TOKENS", 3000)
+    monkeypatch.setattr(parts, "MIN_TEST_TOKENS", 3000)
     monkeypatch.setattr(JoinedFiles, "MIN_WAITING", 1 << 14)
     force, sizes = JoinedFiles.force, []
 
