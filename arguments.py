@@ -84,6 +84,10 @@ def non_negative_float(value: str) -> float:
     return parse_number(float, value, lambda number: 0 <= number < math.inf, "a number from 0")
 
 
+def share_float(value: str) -> float:
+    return parse_number(float, value, lambda number: 0 < number <= 1, "above 0 and at most 1")
+
+
 def dropout_float(value: str) -> float:
     return parse_number(float, value, lambda number: 0 <= number < 1, "from 0 to below 1")
 

@@ -16,6 +16,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
+from model import GPT, merge_adapter
+from tokenizer import ENCODING
 
 FORMAT_VERSION = 1
 
@@ -220,9 +224,19 @@ def load_checkpoint(path: Path, required: Iterable[str]) -> dict:
         )
 
     if missing := [key for key in required if key not in state]:
-        raise CheckpointError(f"{path} cannot be resumed from: it has no {', '.join(missing)}.")
+        raise CheckpointError(f"{path} is of no use here: it has no {', '.join(missing)}.")
+
+    if "model" in state:
+        state["model"] = {plain_name(name): weight for name, weight in state["model"].items()}
 
     return state
+
+
+def plain_name(name: str) -> str:
+    """Take off what wrappers for compilation and distribution put in front of a weight's name."""
+    parts = name.split(".")
+
+    return ".".join(part for part in parts if part not in ("_orig_mod", "module"))
 
 
 def verify_checksum(path: Path) -> None:
@@ -244,3 +258,72 @@ def verify_checksum(path: Path) -> None:
 
         if file.read() != CHECKSUM_PREFIX + digest.encode():
             raise CheckpointError(f"{path} is damaged, or not of this project.{hint}")
+
+
+def build_model(state: dict, path: Path) -> GPT:
+    """Build the network of a checkpoint, with its weights.
+
+    Args:
+        state: what load_checkpoint has read from path.
+
+    Raises:
+        CheckpointError: when it belongs to another tokenizer, or makes no model.
+    """
+    if state["encoding"] != ENCODING:
+        raise CheckpointError(f"{path} was trained on {state['encoding']}, {ENCODING} is needed.")
+
+    try:
+        # Weights that are about to be replaced need not be drawn.
+        with torch.device("meta"):
+            model = GPT(**state["model_args"])
+
+        model.load_state_dict(state["model"], assign=True)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path} makes no model: {' '.join(str(error).split())[:200]}"
+        ) from error
+
+    check_finite(state["model"], path)
+
+    return model
+
+
+def check_finite(weights: dict[str, Tensor], path: Path) -> None:
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
+            raise CheckpointError(f"{path}: {name} holds values that are not finite numbers.")
+
+
+def fingerprint(weights: dict[str, Tensor]) -> str:
+    """Return a digest of named weights, by which an adapter knows its base."""
+    digest = hashlib.sha256()
+
+    for name in sorted(weights):
+        weight = weights[name].detach().cpu().contiguous()
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        digest.update(weight.view(torch.uint8).numpy())
+
+    return digest.hexdigest()
+
+
+def merge_lora(model: GPT, lora: dict, path: Path) -> None:
+    """Add an adapter to the weights of its base.
+
+    Args:
+        lora: what load_checkpoint has read from path.
+
+    Raises:
+        CheckpointError: when it was trained on another base, or does not fit.
+    """
+    if lora["base"] != fingerprint(model.state_dict()):
+        raise CheckpointError(
+            f"{path} was trained on another base model than this; give its --checkpoint_path,"
+            " or another --lora_path."
+        )
+
+    check_finite(lora["lora"], path)
+
+    try:
+        merge_adapter(model, lora["lora"], lora["lora_args"]["alpha"])
+    except (KeyError, AttributeError, RuntimeError, TypeError) as error:
+        raise CheckpointError(f"{path} does not fit its base model.") from error

@@ -17,7 +17,7 @@ from tokenizer import TOKEN_TYPE, DataError
 IGNORE_INDEX = -100
 
 
-def resolve_weights(weights: Sequence[float | None], num_tokens: Sequence[int]) -> list[float]:
+def resolve_weights(weights: Sequence[float | None], num_tokens: Sequence[int]) -> list[Fraction]:
     """Turn the weights of `--dataset` into shares of the samples that add up to one.
 
     Sources without a weight divide what the others leave by their numbers of tokens.
@@ -25,18 +25,22 @@ def resolve_weights(weights: Sequence[float | None], num_tokens: Sequence[int]) 
     Raises:
         ValueError: when weights leave nothing for the sources that have none.
     """
-    given = sum(weight for weight in weights if weight is not None)
-    unweighted = sum(n for n, weight in zip(num_tokens, weights, strict=True) if weight is None)
+    # A weight is what was written, not the binary number next to it.
+    exact = [None if weight is None else Fraction(str(weight)) for weight in weights]
+    given = sum(weight for weight in exact if weight is not None)
+    unweighted = sum(n for n, weight in zip(num_tokens, exact, strict=True) if weight is None)
 
     if not unweighted:
-        return [weight / given for weight in weights]
+        return [weight / given for weight in exact]
 
     if given >= 1:
-        raise ValueError(f"weights add up to {given:g}, which leaves nothing for the other sources")
+        raise ValueError(
+            f"weights add up to {float(given):g}, which leaves nothing for the other sources"
+        )
 
     return [
-        (1 - given) * n / unweighted if weight is None else weight
-        for n, weight in zip(num_tokens, weights, strict=True)
+        (1 - given) * Fraction(n, unweighted) if weight is None else weight
+        for n, weight in zip(num_tokens, exact, strict=True)
     ]
 
 
@@ -49,7 +53,7 @@ class SampleStream:
 
     Args:
         sources: token ids of every source, uint16 (tokens).
-        weights: the share of every source, above 0; they need not add up to one.
+        weights: the share of every source, above 0, exact or not; they need not add up to one.
         block_size: the length T of a sample in tokens.
         seed: any integer from 0.
 
@@ -58,7 +62,11 @@ class SampleStream:
     """
 
     def __init__(
-        self, sources: Sequence[np.ndarray], weights: Sequence[float], block_size: int, seed: int
+        self,
+        sources: Sequence[np.ndarray],
+        weights: Sequence[Fraction | float],
+        block_size: int,
+        seed: int,
     ):
         for tokens in sources:
             if len(tokens) < block_size + 1:
@@ -75,6 +83,9 @@ class SampleStream:
         # How often each source has had its turn before each place of the period.
         self.ranks = np.empty_like(self.turns)
         self.counts = np.bincount(self.turns, minlength=len(sources))  # (sources)
+
+        # The shares of the samples that the sources have, as they came out.
+        self.shares = (self.counts / len(self.turns)).tolist()
 
         for source in range(len(sources)):
             places = np.flatnonzero(self.turns == source)
@@ -119,7 +130,7 @@ def random_numbers(*key: int, count: int) -> list[int]:
     return np.random.SeedSequence(key).generate_state(count, np.uint64).tolist()
 
 
-def take_turns(weights: Sequence[float], max_period: int = 10_000) -> np.ndarray:
+def take_turns(weights: Sequence[Fraction | float], max_period: int = 10_000) -> np.ndarray:
     """Choose a source for every place of a period so that no share is ever off by one sample.
 
     The shares are multiples of one in period: exact where a period of at most max_period allows
@@ -148,9 +159,8 @@ def take_turns(weights: Sequence[float], max_period: int = 10_000) -> np.ndarray
     return turns
 
 
-def count_turns(weights: Sequence[float], max_period: int) -> list[int]:
+def count_turns(weights: Sequence[Fraction | float], max_period: int) -> list[int]:
     """Return how many turns of a period each source has, in proportion to its weight."""
-    # A weight is what was written, not the binary number next to it.
     fractions = [Fraction(str(weight)) for weight in weights]
     shares = [fraction / sum(fractions) for fraction in fractions]
     period = math.lcm(*(share.denominator for share in shares))

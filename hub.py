@@ -8,9 +8,10 @@ import hashlib
 import io
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TypeVar
@@ -246,8 +247,7 @@ class HubStream(io.RawIOBase):
         self.position = 0
         self.start = 0
         self.window = b""
-        self.upcoming = None
-        self.pool = ThreadPoolExecutor(max_workers=1)
+        self.upcoming: Future | None = None
         self.digest = hashlib.sha256()
 
         if file.digest.startswith("git:"):
@@ -256,6 +256,10 @@ class HubStream(io.RawIOBase):
     @property
     def end(self) -> int:
         return self.start + len(self.window)
+
+    @property
+    def is_more(self) -> bool:
+        return self.end < self.file.size
 
     def readable(self) -> bool:
         return True
@@ -301,22 +305,32 @@ class HubStream(io.RawIOBase):
         window = self.upcoming.result() if self.upcoming else self.fetch_window(self.end)
         self.start, self.window = self.end, window
         self.digest.update(window)
-        more = self.end < self.file.size
-        self.upcoming = self.pool.submit(self.fetch_window, self.end) if more else None
+        self.upcoming = in_background(self.fetch_window, self.end) if self.is_more else None
 
     def fetch_window(self, start: int) -> bytes:
         return self.file.fetch(start, min(start + self.WINDOW, self.file.size))
 
     def finish(self) -> str:
         """Read up to the end of the file, and return the digest of all of it."""
-        while self.end < self.file.size:
+        while self.is_more:
             self.advance()
 
         return self.digest.hexdigest()
 
-    def close(self) -> None:
-        self.pool.shutdown(wait=False, cancel_futures=True)
-        super().close()
+
+def in_background(action: Callable[..., T], *arguments) -> "Future[T]":
+    """Call action in a thread that keeps no program from ending, unlike those of a pool."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(action(*arguments))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+
+    return future
 
 
 def insist(action: Callable[[], T], what: str, pauses: Sequence[float] | None = None) -> T:

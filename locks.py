@@ -21,23 +21,31 @@ POLL = 0.2
 
 
 @contextlib.contextmanager
-def exclusive(path: Path, waiting: Callable[[str], None]) -> Iterator[None]:
+def exclusive(path: Path, waiting: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
     """Hold the lock at path; wait while another process does, unless that one is dead.
 
     Args:
         waiting: is called once, with the name of the holder, before waiting.
 
+    Yields:
+        A function that tells whether the lock is held still: who is silent for long may lose it.
+
     Raises:
         OSError: when the lock cannot be written.
     """
-    token = {"host": host_name(), "process": os.getpid(), "token": uuid.uuid4().hex}
+    token = {
+        "host": host_name(),
+        "process": os.getpid(),
+        "started": start_of(os.getpid()),
+        "token": uuid.uuid4().hex,
+    }
     acquire(path, token, waiting)
     stop = threading.Event()
     thread = threading.Thread(target=show_life, args=(path, stop), daemon=True)
     thread.start()
 
     try:
-        yield
+        yield lambda: read(path) == token
     finally:
         stop.set()
         thread.join()
@@ -55,7 +63,9 @@ def acquire(path: Path, token: dict, waiting: Callable[[str], None]) -> None:
         if (holder, beat) != watched:
             watched, since = (holder, beat), time.monotonic()
 
-        if is_dead(holder) or time.monotonic() - since > PATIENCE:
+        is_silent = time.monotonic() - since > PATIENCE
+
+        if is_dead(holder) or (is_silent and not is_alive(holder)):
             take_away(path, holder)
         elif not is_told:
             waiting(describe(holder))
@@ -98,10 +108,13 @@ def take_away(path: Path, holder: dict | None) -> None:
 
 
 def read(path: Path) -> dict | None:
+    """Return who holds a lock; None where that cannot be read."""
     try:
-        return json.loads(path.read_text())
+        holder = json.loads(path.read_text())
     except (OSError, ValueError):
         return None
+
+    return holder if isinstance(holder, dict) and {"host", "process"} <= holder.keys() else None
 
 
 def last_beat(path: Path) -> int | None:
@@ -118,12 +131,9 @@ def show_life(path: Path, stop: threading.Event) -> None:
 
 
 def is_dead(holder: dict | None) -> bool:
-    """Tell whether a holder was a process of this machine and is no more (or had our number)."""
-    if holder is None or holder.get("host") != host_name():
+    """Tell whether a holder surely was a process of this machine and is no more."""
+    if holder is None or holder["host"] != host_name():
         return False
-
-    if holder["process"] == os.getpid():
-        return True
 
     try:
         os.kill(holder["process"], 0)
@@ -132,7 +142,30 @@ def is_dead(holder: dict | None) -> bool:
     except OSError:
         return False
 
-    return False
+    # Another process may have its number by now, or this one.
+    started = start_of(holder["process"])
+    has_number_only = holder.get("started") != started
+
+    return has_number_only if started else holder["process"] == os.getpid()
+
+
+def is_alive(holder: dict | None) -> bool:
+    """Tell whether a holder surely is a process of this machine, working, waiting or stopped."""
+    return (
+        holder is not None
+        and holder["host"] == host_name()
+        and not is_dead(holder)
+        and holder.get("started") is not None
+    )
+
+
+def start_of(process: int) -> str | None:
+    """Return when a process was started, in ticks of its machine; None where that is not told."""
+    try:
+        # Behind the name, which may hold anything but ends with the last bracket.
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return None
 
 
 def describe(holder: dict | None) -> str:

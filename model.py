@@ -1,10 +1,12 @@
-"""A GPT-2-like language model: network and loss.
+"""A GPT-2-like language model: network, loss, and generation with a key-value cache.
 
-Axes of the tensors: B batch, T tokens, D embedding_dimensions, H attention heads,
-K = D / H, V vocabulary (padded), N = B x T.
+Axes of the tensors: B batch, T tokens, S tokens in the cache, D embedding_dimensions, H attention
+heads, K = D / H, V vocabulary (padded), N = B x T.
 """
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -73,31 +75,37 @@ class GPT(nn.Module):
         z = self.encode(x)  # (B, T, D)
 
         if y is None:
-            return F.linear(z, self.token_embeddings.weight)[..., : self.vocabulary_size]
+            return self.project(z)
 
         return linear_cross_entropy(z, self.token_embeddings.weight, y, self.vocabulary_size)
 
-    def encode(self, x: Tensor) -> Tensor:
-        """Turn token ids (B, T) into the states that the output layer reads, (B, T, D)."""
-        num_tokens = x.size(1)
+    def encode(self, x: Tensor, cache: "KeyValueCache | None" = None) -> Tensor:
+        """Turn token ids (B, T) into the states that the output layer reads, (B, T, D).
 
-        if num_tokens > self.block_size:
+        Args:
+            cache: what came before x, to which x is added.
+        """
+        if x.size(1) > self.block_size:
             raise ValueError(
-                f"At most {self.block_size} tokens fit in the context, {num_tokens} given."
+                f"At most {self.block_size} tokens fit in the context, {x.size(1)} given."
             )
 
-        positions = torch.arange(num_tokens, device=x.device)
+        positions = cache.positions if cache else torch.arange(x.size(1), device=x.device)
 
         z = self.token_embeddings(x) + self.position_embeddings(positions)  # (B, T, D)
         z = self.dropout(z)
 
-        for block in self.blocks:
+        for number, block in enumerate(self.blocks):
             if self.activation_checkpointing and self.training:
                 z = checkpoint(block, z, use_reentrant=False)
             else:
-                z = block(z)
+                z = block(z, cache and cache.layers[number])
 
         return self.norm(z)
+
+    def project(self, z: Tensor) -> Tensor:
+        """Turn states (…, D) into logits (…, vocabulary_size)."""
+        return F.linear(z, self.token_embeddings.weight)[..., : self.vocabulary_size]
 
     @torch.no_grad()
     def initialize(self) -> None:
@@ -162,8 +170,8 @@ class Block(nn.Module):
         self.mlp = MLP(embedding_dimensions, bias)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, z: Tensor) -> Tensor:
-        z = z + self.dropout(self.attention(self.attention_norm(z)))  # (B, T, D)
+    def forward(self, z: Tensor, cache: "LayerCache | None" = None) -> Tensor:
+        z = z + self.dropout(self.attention(self.attention_norm(z), cache))  # (B, T, D)
 
         return z + self.dropout(self.mlp(self.mlp_norm(z)))  # (B, T, D)
 
@@ -182,13 +190,22 @@ class CausalSelfAttention(nn.Module):
         self.query_key_value = nn.Linear(embedding_dimensions, 3 * embedding_dimensions, bias=bias)
         self.output = nn.Linear(embedding_dimensions, embedding_dimensions, bias=bias)
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z: Tensor, cache: "LayerCache | None" = None) -> Tensor:
         query, key, value = (
             part.unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)  # (B, H, T, K)
             for part in self.query_key_value(z).chunk(3, dim=-1)
         )
 
-        z = F.scaled_dot_product_attention(query, key, value, is_causal=True)  # (B, H, T, K)
+        mask = None
+
+        if cache is not None:
+            key, value, mask = cache.add(key, value)  # (B, H, S, K)
+
+        # A single token sees all that is visible; several that begin a text, what is before each.
+        is_causal = query.size(2) > 1
+        z = F.scaled_dot_product_attention(
+            query, key, value, mask, is_causal=is_causal
+        )  # (B, H, T, K)
 
         return self.output(z.transpose(1, 2).flatten(2))  # (B, T, D)
 
@@ -217,6 +234,230 @@ def check_sizes(embedding_dimensions: int, num_attention_heads: int) -> None:
             f" {embedding_dimensions} and {num_attention_heads} given;"
             f" the nearest valid dimensions are {' and '.join(nearest)}."
         )
+
+
+@torch.no_grad()
+def merge_adapter(model: GPT, adapter: dict[str, Tensor], alpha: float) -> None:
+    """Add alpha B A to every weight W that an adapter has an A, (R, in), and a B, (out, R), for.
+
+    Args:
+        adapter: matrices by the name of the layer and `.lora_a` or `.lora_b` (Hu et al. 2021).
+
+    Raises:
+        KeyError, AttributeError, RuntimeError: when there is no such layer, or shapes differ.
+    """
+    for name in {key.rpartition(".")[0] for key in adapter}:
+        product = adapter[f"{name}.lora_b"] @ adapter[f"{name}.lora_a"]
+        model.get_submodule(name).weight.add_(product, alpha=alpha)
+
+
+class KeyValueCache:
+    """Keys and values of texts under way, so that each token is computed once; allocated once.
+
+    Args:
+        batch_size: how many texts are read side by side.
+    """
+
+    def __init__(self, model: GPT, batch_size: int):
+        weight = model.token_embeddings.weight
+        num_heads = model.blocks[0].attention.num_attention_heads
+        size = (len(model.blocks), 2, batch_size, num_heads, model.block_size)
+
+        # Zeros, for what is masked is multiplied by zero, and that of a random number may be NaN.
+        storage = weight.new_zeros(*size, weight.size(1) // num_heads)
+        self.layers = [LayerCache(self, keys, values) for keys, values in storage]
+
+        # Of the tokens to be read next: where they are, how much of the cache they may see, and
+        # which of it when that is not all before them.
+        self.positions = torch.zeros(1, dtype=torch.int64, device=weight.device)  # (T)
+        self.num_visible = 0
+        self.mask: Tensor | None = None  # bool (T, S)
+
+
+class LayerCache:
+    """The part of one layer, (B, H, block_size, K) each."""
+
+    def __init__(self, cache: KeyValueCache, keys: Tensor, values: Tensor):
+        self.cache = cache
+        self.keys = keys
+        self.values = values
+
+    def add(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Take in those of new tokens, (B, H, T, K).
+
+        Returns:
+            All that are visible, (B, H, S, K) each, and the mask.
+        """
+        self.keys.index_copy_(2, self.cache.positions, key)
+        self.values.index_copy_(2, self.cache.positions, value)
+        visible = slice(self.cache.num_visible)
+
+        return self.keys[:, :, visible], self.values[:, :, visible], self.cache.mask
+
+
+class Decoder:
+    """Reads tokens, and predicts what follows each reading.
+
+    While a text fits the context, only new tokens are computed. Beyond it the context slides: every
+    token has another position then, so the last block_size tokens are computed anew for each.
+
+    Args:
+        batch_size: how many texts are read side by side.
+        use_graphs: whether a step is recorded once and replayed as a CUDA graph.
+    """
+
+    # A graph sees a fixed part of the cache: the next multiple of so many tokens.
+    GRAPH_STEP = 256
+
+    def __init__(self, model: GPT, batch_size: int, use_graphs: bool = False):
+        self.model = model
+        self.cache = KeyValueCache(model, batch_size)
+        self.text = torch.empty(batch_size, 0, dtype=torch.int64, device=self.device)  # (B, T)
+        self.use_graphs = use_graphs
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self.logits: dict[int, Tensor] = {}
+        self.token = torch.zeros(batch_size, 1, dtype=torch.int64, device=self.device)  # (B, 1)
+        self.position = torch.zeros(1, dtype=torch.int64, device=self.device)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.token_embeddings.weight.device
+
+    @torch.inference_mode()
+    def read(self, x: Tensor) -> Tensor:
+        """Read tokens behind those read before.
+
+        Args:
+            x: token ids, int64 (B, T) with T > 0; T = 1 but for the first reading.
+
+        Returns:
+            The logits of the next token, float32 (B, vocabulary_size).
+        """
+        first, block_size = self.text.size(1), self.model.block_size
+        self.text = torch.cat([self.text, x], dim=1)
+
+        if self.text.size(1) > block_size:
+            self.text = self.text[:, -block_size:]
+
+            return self.predict(self.model.encode(self.text))
+
+        if self.use_graphs and first:
+            return self.replay(x, first)
+
+        self.cache.positions = torch.arange(first, self.text.size(1), device=self.device)
+        self.cache.num_visible = self.text.size(1)
+        self.cache.mask = None
+
+        return self.predict(self.model.encode(x, self.cache))
+
+    def predict(self, z: Tensor) -> Tensor:
+        """Turn states (B, T, D) into the logits behind the last one, float32 (B, V)."""
+        return self.model.project(z[:, -1]).float()
+
+    def replay(self, x: Tensor, position: int) -> Tensor:
+        """Read one token of each text, (B, 1), by a graph of all kernels that this takes."""
+        num_visible = min(
+            self.model.block_size, math.ceil((position + 1) / self.GRAPH_STEP) * self.GRAPH_STEP
+        )
+
+        if num_visible not in self.graphs:
+            self.record(num_visible)
+
+        self.token.copy_(x)
+        self.position.fill_(position)
+        self.graphs[num_visible].replay()
+
+        return self.logits[num_visible]
+
+    def record(self, num_visible: int) -> None:
+        """Record a step as a graph; every tensor that it reads or writes stays where it is."""
+        side_stream = torch.cuda.Stream()
+        side_stream.wait_stream(torch.cuda.current_stream())
+
+        # Kernels choose their workspaces the first time, which must not be recorded.
+        with torch.cuda.stream(side_stream):
+            self.step(num_visible)
+
+        torch.cuda.current_stream().wait_stream(side_stream)
+        self.graphs[num_visible] = torch.cuda.CUDAGraph()
+
+        with torch.cuda.graph(self.graphs[num_visible]):
+            self.logits[num_visible] = self.step(num_visible)
+
+    def step(self, num_visible: int) -> Tensor:
+        """Read self.token at self.position, with a fixed part of the cache behind a mask."""
+        places = torch.arange(num_visible, device=self.device)
+        self.cache.positions = self.position
+        self.cache.num_visible = num_visible
+        self.cache.mask = (places <= self.position)[None]  # (1, S)
+
+        return self.predict(self.model.encode(self.token, self.cache))
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Chooses tokens by their probabilities.
+
+    Args:
+        temperature: what logits are divided by; 0 takes the most probable token.
+        top_k: only so many of the most probable tokens may be taken.
+        top_p: of these only as many as together reach this probability (Holtzman et al. 2020).
+    """
+
+    temperature: float = 1.0
+    top_k: int = 20
+    top_p: float = 1.0
+
+    def __call__(self, logits: Tensor, uniform: Tensor) -> Tensor:
+        """Choose a token for each text.
+
+        Args:
+            logits: float32 (B, V).
+            uniform: random numbers in [0, 1), float32 (B): all the chance there is.
+
+        Returns:
+            Token ids, int64 (B).
+        """
+        if self.temperature == 0:
+            return logits.argmax(dim=-1)
+
+        logits, tokens = logits.topk(min(self.top_k, logits.size(-1)))  # (B, k), falling
+        sums = (logits / self.temperature).softmax(dim=-1).cumsum(dim=-1)  # (B, k)
+        # As many as it takes to reach top_p, so one at least.
+        num_kept = (sums < self.top_p).sum(dim=-1, keepdim=True).clamp(max=sums.size(-1) - 1)
+        target = uniform[:, None] * sums.gather(1, num_kept)  # (B, 1)
+        choice = (sums <= target).sum(dim=-1, keepdim=True).clamp(max=sums.size(-1) - 1)
+
+        return tokens.gather(1, choice).squeeze(1)
+
+
+def generate(
+    model: GPT,
+    prompt: Tensor,
+    num_tokens: int,
+    sampler: Sampler,
+    seed: int,
+    use_graphs: bool = False,
+) -> Iterator[Tensor]:
+    """Continue a prompt, token by token.
+
+    Args:
+        prompt: token ids, int64 (B, T) with T > 0; of a long one the last block_size are read.
+
+    Yields:
+        The next token of each text, int64 (B).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    chance = torch.rand(num_tokens, len(prompt), generator=generator).to(prompt.device)
+    decoder = Decoder(model, len(prompt), use_graphs)
+    x = prompt[:, -model.block_size :]
+
+    for uniform in chance:
+        tokens = sampler(decoder.read(x), uniform)  # (B)
+
+        yield tokens
+
+        x = tokens[:, None]
 
 
 def linear_cross_entropy(z: Tensor, weight: Tensor, y: Tensor, vocabulary_size: int) -> Tensor:

@@ -49,7 +49,7 @@ class PartWriter:
             if text:
                 self.texts.append(text)
                 self.places.append(bisect.bisect(TEST_SHARES, place_hash(file.name, number)))
-                self.size += len(text)
+                self.size += len(text) + Reader.ROW_SIZE
 
             if self.size >= Reader.CHUNK_SIZE:
                 self.flush()
@@ -82,7 +82,8 @@ class PartWriter:
 
 def place_hash(name: str, row: int) -> float:
     """Map the place of a document to [0, 1): its split depends on nothing else."""
-    digest = hashlib.blake2b(f"{name} {row}".encode(), digest_size=8).digest()
+    place = f"{name} {row}".encode(errors="surrogateescape")
+    digest = hashlib.blake2b(place, digest_size=8).digest()
 
     return int.from_bytes(digest, "little") / 2**64
 
@@ -100,9 +101,9 @@ class Journal:
         self.units: dict[str, dict] = {}
         self.is_complete = False
 
-        with contextlib.suppress(OSError, ValueError, KeyError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             head, *lines = path.read_text().split("\n")
-            self.head = json.loads(head)
+            self.head = dict(json.loads(head))
 
             for line in lines[:-1]:
                 unit = json.loads(line)
@@ -118,9 +119,17 @@ class Journal:
     def revision(self) -> str | None:
         return self.head.get("revision")
 
+    def is_of(self, description: str, revision: str | None) -> bool:
+        """Tell whether these are the parts of just this text."""
+        return self.head == self.head_of(description, revision)
+
+    @staticmethod
+    def head_of(description: str, revision: str | None) -> dict:
+        return {"format_version": FORMAT_VERSION, "source": description, "revision": revision}
+
     def open(self, description: str, revision: str) -> None:
         """Go on with the parts of just this text, or begin anew."""
-        head = {"format_version": FORMAT_VERSION, "source": description, "revision": revision}
+        head = self.head_of(description, revision)
 
         if self.head != head:
             shutil.rmtree(self.path.parent)

@@ -133,7 +133,6 @@ class Data:
     """The opened sources: what to train on, what to test on, and by which they are known."""
 
     datasets: list[TokenDataset]
-    weights: list[float]
     stream: SampleStream
     tests: dict[str, EvaluationWindows]
 
@@ -142,12 +141,12 @@ class Data:
         """Name, weight and checksum of every source, by which a resumed run knows its data."""
         return [
             [dataset.name, weight, dataset.fingerprint]
-            for dataset, weight in zip(self.datasets, self.weights, strict=True)
+            for dataset, weight in zip(self.datasets, self.stream.shares, strict=True)
         ]
 
     def mean_loss(self, losses: dict[str, float]) -> float:
         """Return the mean of the sources' losses by their weights."""
-        pairs = zip(self.weights, self.datasets, strict=True)
+        pairs = zip(self.stream.shares, self.datasets, strict=True)
 
         return sum(weight * losses[dataset.name] for weight, dataset in pairs)
 
@@ -432,7 +431,9 @@ def check_arguments(args: Namespace) -> list[tuple[Source, float | None]]:
         )
 
     try:
-        sources = [parse_source(value) for value in args.dataset]
+        # What a run writes below a folder of text is none of it.
+        written = [Path(args.dataset_path), *(path.parent for path in paths)]
+        sources = [parse_source(value, tuple(written)) for value in args.dataset]
         resolve_weights([weight for _, weight in sources], [1] * len(sources))
     except ValueError as error:
         raise ValueError(f"--dataset: {error}") from None
@@ -544,10 +545,11 @@ def open_data(args: Namespace, sources: list[tuple[Source, float | None]]) -> Da
     trains = [dataset.train for dataset in datasets]
     weights = resolve_weights([weight for _, weight in sources], [len(t) for t in trains])
 
+    stream = SampleStream(trains, weights, args.block_size, args.seed)
+
     return Data(
         datasets,
-        weights,
-        SampleStream(trains, weights, args.block_size, args.seed),
+        stream,
         {data.name: EvaluationWindows(data.test, args.block_size) for data in datasets},
     )
 
@@ -676,7 +678,7 @@ def describe(args: Namespace, trainer: Trainer, data: Data, compiled: str) -> No
     tokens = args.num_epochs * steps_per_epoch(args) * tokens_per_step(args)
     available = sum(len(dataset.train) for dataset in data.datasets)
 
-    for dataset, weight in zip(data.datasets, data.weights, strict=True):
+    for dataset, weight in zip(data.datasets, data.stream.shares, strict=True):
         share = f", {weight:.2%} of the samples" if weight < 1 else ""
         print(
             f"Data:   {dataset.name}, {len(dataset.train):,} tokens, {len(dataset.test):,} to"

@@ -36,6 +36,7 @@ from token_files import (
     FORMAT_VERSION,
     SPLITS,
     TokenDataset,
+    check_sizes,
     open_dataset,
     read_sidecar,
     state_of,
@@ -53,8 +54,11 @@ MAX_DOWNLOADS = 3
 Source = TextFiles | HubDataset
 
 
-def parse_source(value: str) -> tuple[Source, float | None]:
+def parse_source(value: str, excluded: tuple[Path, ...] = ()) -> tuple[Source, float | None]:
     """Read SOURCE or SOURCE=WEIGHT as in `--dataset`.
+
+    Args:
+        excluded: folders that are no part of a folder of text.
 
     Raises:
         ValueError: when it names no source, or the weight is not a number above zero.
@@ -62,7 +66,7 @@ def parse_source(value: str) -> tuple[Source, float | None]:
     head, separator, tail = value.rpartition("=")
     weight = None
 
-    if separator and not Path(value).exists():
+    if separator and not os.path.exists(value):
         try:
             weight = float(tail)
         except ValueError:
@@ -79,8 +83,8 @@ def parse_source(value: str) -> tuple[Source, float | None]:
     if value == "stdlib":
         return StandardLibrary(), weight
 
-    if value and Path(value).exists():
-        return TextFiles(Path(value)), weight
+    if os.path.exists(value):
+        return TextFiles(Path(value), excluded), weight
 
     # The Hub allows no two dashes in a row, so they can stand for what file names do not have.
     match = re.fullmatch(r"(\w[\w.-]*/[\w.-]+)(?::([\w.-]+))?", value)
@@ -135,12 +139,16 @@ def prepare(source: Source, folder: Path, num_processes: int) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
 
-        with exclusive(folder / f"{source.name}.lock", tell):
+        with exclusive(folder / f"{source.name}.lock", tell) as is_held:
             if not is_prepared(source, folder):
                 tell_change(source, folder)
                 shutil.rmtree(finished_path(parts), ignore_errors=True)
                 parts.mkdir(exist_ok=True)
                 prepare_parts(source, parts, num_processes)
+
+                if not is_held():
+                    raise DataError(f"{source.name}: another process has taken this over.")
+
                 publish(parts, folder, source.name)
     except OSError as error:
         is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -175,7 +183,9 @@ def prepare_parts(source: Source, parts: Path, num_processes: int) -> None:
     listing = None
 
     # When all is tokenized the Hub has nothing more to say.
-    if not (journal.is_complete and source.is_hub):
+    is_tokenized = journal.is_complete and journal.is_of(source.description, journal.revision)
+
+    if not (is_tokenized and source.is_hub):
         listing = source.listing(journal.revision)
         journal.open(source.description, listing.revision)
 
@@ -225,7 +235,8 @@ def publish(parts: Path, folder: Path, name: str) -> None:
             os.replace(parts / f"{split}.bin", token_path(folder, name, split))
 
     # What was hashed on its way to the disk need not be read again.
-    sidecar = json.loads((parts / "sidecar.json").read_text())
+    sidecar = read_sidecar(parts / "sidecar.json")
+    check_sizes(folder, name, sidecar)
     write_whole(folder / f"{name}.verified", state_of(folder, name, sidecar))
     os.replace(parts / "sidecar.json", folder / f"{name}.json")
 
@@ -328,7 +339,8 @@ def in_order(
     try:
         with worker_processes(num_workers) as pool:
             for unit in items:
-                pending.append((unit, done.get(unit.key) or pool.submit(work, unit)))
+                with blocked_interrupts():
+                    pending.append((unit, done.get(unit.key) or pool.submit(work, unit)))
 
                 if len(pending) == 3 * num_workers:
                     yield next_result()
@@ -337,8 +349,8 @@ def in_order(
                 yield next_result()
     except BrokenProcessPool as error:
         raise DataError(
-            "A process that tokenizes was killed, perhaps for lack of memory. The same command"
-            " goes on; lower --num_dataset_processes."
+            "A process that tokenizes was killed, for lack of memory or by a damaged file. The"
+            " same command goes on; lower --num_dataset_processes."
         ) from error
 
 
@@ -363,10 +375,19 @@ def worker_processes(number: int) -> Iterator[ProcessPoolExecutor]:
             raise
 
 
+@contextlib.contextmanager
+def blocked_interrupts() -> Iterator[None]:
+    """Start processes that no Ctrl-C reaches, as it does all of a terminal: this one decides."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def hold_lifeline(lifeline) -> None:
     """Leave at once when the other end of a pipe is closed, be it by a kill."""
-    # Ctrl-C reaches all processes of a terminal; the first one decides.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def wait() -> None:
         with contextlib.suppress(EOFError, OSError):

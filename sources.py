@@ -19,13 +19,12 @@ import shutil
 import sys
 import sysconfig
 import tempfile
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from tokenizer import DataError
+from tokenizer import DataError, without_surrogates
 
 SUFFIXES = {".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".parquet": "parquet"}
 COMPRESSIONS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
@@ -33,8 +32,6 @@ NOT_MODULES = {"test", "tests", "idle_test", "site-packages", "dist-packages", "
 
 # Plain text of more characters than this is cut into documents even where a file is one document.
 MAX_DOCUMENT = 1 << 22
-
-READ_ERRORS = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, csv.Error)
 
 
 @dataclass(frozen=True)
@@ -53,8 +50,12 @@ class LocalFile:
     size: int
     kind: str
     is_cut: bool = False
-    # Several processes may read it at a time, each on its own way through.
-    is_divisible = True
+
+    @property
+    def is_divisible(self) -> bool:
+        """Tell whether several processes may read it, each on its own way through."""
+        # To be read at all, packed parquet has to be unpacked whole.
+        return self.kind != "parquet" or not is_packed(self.path.name)
 
     def open(self) -> BinaryIO:
         return open(self.path, "rb")
@@ -64,7 +65,7 @@ class LocalFile:
 
     @property
     def description(self) -> str:
-        return str(self.path)
+        return without_surrogates(str(self.path))
 
 
 @dataclass(frozen=True)
@@ -81,33 +82,55 @@ class Listing:
 
 @dataclass(frozen=True)
 class TextFiles:
-    """Your own text: a file, or all that is text below a folder, in sorted order."""
+    """Your own text: a file, or all that is text below a folder, in sorted order.
+
+    Args:
+        excluded: folders that are passed over, such as those that a run writes to.
+    """
 
     path: Path
+    excluded: tuple[Path, ...] = ()
     is_hub = False
 
     @property
     def name(self) -> str:
         # Two folders of one name must not share their token files.
-        digest = hashlib.sha256(self.description.encode()).hexdigest()
+        digest = hashlib.sha256(os.fsencode(self.path.resolve())).hexdigest()
+        stem = without_surrogates(self.path.resolve().stem[:60])
 
-        return f"{self.path.resolve().stem or 'root'}-{digest[:8]}"
+        return f"{stem or 'root'}-{digest[:8]}"
 
     @property
     def description(self) -> str:
-        return str(self.path.resolve())
+        return without_surrogates(str(self.path.resolve()))
 
     def is_read(self, name: str) -> bool:
         """Tell whether a file or folder of this name is looked at."""
         return not name.startswith(".")
 
     def paths(self) -> list[Path]:
+        """Return the files, also those behind links, each once.
+
+        Raises:
+            OSError: when a folder cannot be read.
+        """
         if self.path.is_file():
             return [self.path]
 
-        found = []
+        excluded = {path.resolve() for path in self.excluded} - {self.path.resolve()}
+        found, seen = [], set()
 
-        for folder, folders, files in os.walk(self.path):
+        def stop(error: OSError) -> None:
+            raise error
+
+        for folder, folders, files in os.walk(self.path, onerror=stop, followlinks=True):
+            place = Path(folder).resolve()
+
+            if place in seen or place in excluded:
+                folders.clear()
+                continue
+
+            seen.add(place)
             folders[:] = filter(self.is_read, folders)
             found += (Path(folder, name) for name in filter(self.is_read, files))
 
@@ -115,13 +138,16 @@ class TextFiles:
 
     def revision(self) -> str:
         """Return number, size and a digest of names and times of the files, to notice a change."""
-        digest, size, paths = hashlib.sha256(), 0, self.paths()
+        digest, size = hashlib.sha256(), 0
 
-        for path in paths:
-            status = path.stat()
-            size += status.st_size
-            name = path.relative_to(self.path)
-            digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+        with reported_errors(self.description):
+            paths = self.paths()
+
+            for path in paths:
+                status = path.stat()
+                size += status.st_size
+                digest.update(os.fsencode(path.relative_to(self.path)))
+                digest.update(f"\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
 
         return f"{len(paths):,} files, {size:,} bytes, state {digest.hexdigest()[:16]}"
 
@@ -134,21 +160,24 @@ class TextFiles:
         revision = self.revision()
         files, foreign = [], []
 
-        for path in self.paths():
-            if kind := kind_of(path):
+        with reported_errors(self.description):
+            sizes = {path: path.stat().st_size for path in self.paths()}
+
+        for path, size in sizes.items():
+            kind = kind_of(path) if size else None
+
+            if kind:
                 name = path.relative_to(self.path).as_posix()
-                files.append(
-                    LocalFile(path, name, path.stat().st_size, kind, is_cut=path == self.path)
-                )
-            else:
-                foreign.append(path.name)
+                files.append(LocalFile(path, name, size, kind, is_cut=path == self.path))
+            elif size:
+                foreign.append(without_surrogates(path.name))
 
         if foreign and self.path.is_file():
-            raise DataError(f"{self.path} is not text.")
+            raise DataError(f"{self.description} is not text.")
 
         if foreign:
             names = ", ".join(foreign[:3]) + (", …" if len(foreign) > 3 else "")
-            print(f"Note:   {len(foreign)} files in {self.path} are not text: {names}")
+            print(f"Note:   {len(foreign)} files in {self.description} are not text: {names}")
 
         return Listing(tuple(files), revision)
 
@@ -177,23 +206,21 @@ def kind_of(path: Path) -> str | None:
     if kind := kind_of_name(path.name):
         return kind
 
-    try:
-        with open(path, "rb") as raw:
-            head = decompress(raw, path.name).read(8192)
-    except READ_ERRORS as error:
-        raise DataError(f"{path} cannot be read: {one_line(error)}.") from error
+    with reported_errors(without_surrogates(str(path))), open(path, "rb") as raw:
+        head = decompress(raw, path.name).read(8192)
 
     # As git does it: text holds no zero byte, unless it is UTF-16 and says so.
     return "text" if b"\0" not in head or head.startswith(UTF16_MARKS) else None
 
 
 def kind_of_name(name: str) -> str | None:
-    stem, _, suffix = name.lower().rpartition(".")
+    path = Path(name.lower())
 
-    if f".{suffix}" in (*COMPRESSIONS, ".zst"):
-        suffix = stem.rpartition(".")[2]
+    return SUFFIXES.get(Path(path.stem).suffix if is_packed(name) else path.suffix)
 
-    return SUFFIXES.get(f".{suffix}")
+
+def is_packed(name: str) -> bool:
+    return Path(name).suffix.lower() in (*COMPRESSIONS, ".zst")
 
 
 UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -219,12 +246,12 @@ class Block(NamedTuple):
 
     Args:
         size: in characters or bytes.
-        texts: returns the text of each row; None or an empty one is no document.
+        texts: yields the text of each row; None or an empty one is no document.
     """
 
     num_rows: int
     size: int
-    texts: Callable[[], list[str | None]]
+    texts: Callable[[], Iterable[str | None]]
 
 
 class Reader:
@@ -238,34 +265,48 @@ class Reader:
     """
 
     CHUNK_SIZE = 1 << 21
+    # What a row counts beside its text: also rows without one have to come to an end.
+    ROW_SIZE = 16
 
     def __init__(self, file):
         self.file = file
-        self.raw = file.open()
-        self.blocks = READERS[file.kind](self.raw, file)
         # Of the next chunk, and of its first row.
         self.number = 0
         self.row = 0
         self.is_finished = False
 
+        with self.reported_errors():
+            self.raw = file.open()
+            # Kept here: what is collected closes the file below it.
+            self.buffered = self.raw
+
+            if isinstance(self.raw, io.RawIOBase):
+                self.buffered = io.BufferedReader(self.raw, 1 << 20)
+
+            self.content = decompress(self.buffered, file.path.name)
+            self.blocks = READERS[file.kind](self.content, file)
+
     def __enter__(self) -> "Reader":
         return self
 
     def __exit__(self, *_) -> None:
+        self.blocks.close()
         self.raw.close()
 
     @property
     def position(self) -> int:
         """How many of the file's bytes have been read, about."""
-        return min(self.raw.tell(), self.file.size)
+        return self.file.size if self.is_finished else min(self.raw.tell(), self.file.size)
 
-    def chunk(self) -> list[tuple[int, str | None]]:
-        """Return the texts of the next rows, each with its number; none behind the last."""
-        row = self.row
-        blocks = self.skip()
+    def chunk(self) -> Iterator[tuple[int, str | None]]:
+        """Yield the texts of the next rows, each with its number; none behind the last."""
+        number = self.row
 
-        with self.reported_errors():
-            return list(enumerate((text for block in blocks for text in block.texts()), start=row))
+        for block in self.skip():
+            with self.reported_errors():
+                for text in block.texts():
+                    yield number, text
+                    number += 1
 
     def skip(self) -> list[Block]:
         """Return the next chunk as it is; most of the work is to decode it."""
@@ -281,7 +322,7 @@ class Reader:
                     break
 
                 blocks.append(block)
-                size += block.size
+                size += block.size + block.num_rows * self.ROW_SIZE
                 self.row += block.num_rows
 
         self.number += 1
@@ -290,33 +331,55 @@ class Reader:
 
     @contextlib.contextmanager
     def reported_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except DataError:
-            raise
-        except READ_ERRORS as error:
-            # It may be that it only came to us damaged.
-            self.file.check(self.raw)
+        with reported_errors(self.file.description):
+            try:
+                yield
+            except DataError:
+                raise
+            except Exception:
+                # It may be that it only came to us damaged.
+                if hasattr(self, "raw"):
+                    self.file.check(self.raw)
 
-            raise DataError(
-                f"{self.file.description} cannot be read: {one_line(error)}."
-            ) from error
+                raise
 
 
-def read_text(raw: BinaryIO, file) -> Iterator[Block]:
-    """Read plain text, UTF-8 (bytes that are not become �) or UTF-16 where it is marked."""
-    content = io.BufferedReader(decompress(raw, file.path.name))
+@contextlib.contextmanager
+def reported_errors(what: str) -> Iterator[None]:
+    """Turn whatever readers raise on damaged files, dozens of types, into one line."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+
+        raise DataError(f"{what} cannot be read: {one_line(reason)}.") from error
+
+
+def read_text(content: BinaryIO, file) -> Iterator[Block]:
+    """Read plain text, UTF-8 (bytes that are not become �) or UTF-16 where it is marked.
+
+    Line ends of any system become those of this one, line feeds.
+    """
+    if not hasattr(content, "peek"):
+        content = io.BufferedReader(content)
+
     is_utf16 = content.peek(2).startswith(UTF16_MARKS)
     text = io.TextIOWrapper(content, "utf-16" if is_utf16 else "utf-8-sig", errors="replace")
-    head = text.read(MAX_DOCUMENT + 1)
 
-    if not file.is_cut and len(head) <= MAX_DOCUMENT:
-        yield text_block(head)
-        return
+    try:
+        head = text.read(MAX_DOCUMENT + 1)
 
-    blocks = iter(lambda: text.read(MAX_DOCUMENT), "")
+        if not file.is_cut and len(head) <= MAX_DOCUMENT:
+            yield text_block(head)
+            return
 
-    yield from map(text_block, cut(itertools.chain([head], blocks)))
+        blocks = iter(lambda: text.read(MAX_DOCUMENT), "")
+
+        yield from map(text_block, cut(itertools.chain([head], blocks)))
+    finally:
+        text.detach()
 
 
 def text_block(text: str | None) -> Block:
@@ -348,9 +411,9 @@ def cut(blocks: Iterator[str], size: int = 8192) -> Iterator[str]:
     yield rest
 
 
-def read_json(raw: BinaryIO, file) -> Iterator[Block]:
+def read_json(content: BinaryIO, file) -> Iterator[Block]:
     """Read an object a line; blank lines are rows without a text."""
-    for number, line in enumerate(decompress(raw, file.path.name), start=1):
+    for number, line in enumerate(content, start=1):
         yield Block(1, len(line), functools.partial(json_texts, file, number, line))
 
 
@@ -361,8 +424,9 @@ def json_texts(file, number: int, line: bytes) -> list[str | None]:
     place = f"{file.description}, line {number}"
 
     try:
-        row = json.loads(line.decode("utf-8-sig", errors="replace"))
-    except ValueError as error:
+        # Of numbers nothing is wanted, and those of thousands of digits are no whole ones.
+        row = json.loads(line.decode("utf-8-sig", errors="replace"), parse_int=float)
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{place}: this is no JSON ({error}).") from error
 
     if not isinstance(row, dict) or "text" not in row:
@@ -374,25 +438,25 @@ def json_texts(file, number: int, line: bytes) -> list[str | None]:
     return [row["text"]]
 
 
-def read_csv(raw: BinaryIO, file) -> Iterator[Block]:
+def read_csv(content: BinaryIO, file) -> Iterator[Block]:
     csv.field_size_limit(1 << 30)
-    content = decompress(raw, file.path.name)
     lines = io.TextIOWrapper(content, "utf-8-sig", errors="replace", newline="")
-    rows = csv.reader(lines)
-    column = column_of(file, next(rows, []))
 
-    for row in rows:
-        yield text_block(row[column] if column < len(row) else None)
+    try:
+        rows = csv.reader(lines)
+        column = column_of(file, next(rows, []))
+
+        for row in rows:
+            yield text_block(row[column] if column < len(row) else None)
+    finally:
+        lines.detach()
 
 
-def read_parquet(raw: BinaryIO, file) -> Iterator[Block]:
-    import pyarrow
+def read_parquet(content: BinaryIO, file) -> Iterator[Block]:
     import pyarrow.parquet
 
-    content = decompress(raw, file.path.name)
-
-    if content is not raw:
-        # Its contents are at the end of the file, and a compressed one is read from its beginning.
+    if is_packed(file.path.name):
+        # Its contents are at the end of the file, and a packed one is read from its beginning.
         unpacked = tempfile.TemporaryFile()  # noqa: SIM115
         shutil.copyfileobj(content, unpacked)
         content = unpacked
@@ -402,7 +466,7 @@ def read_parquet(raw: BinaryIO, file) -> Iterator[Block]:
     schema = table.schema_arrow
     kind = schema.types[column_of(file, schema.names)]
 
-    if not pyarrow.types.is_string(kind) and not pyarrow.types.is_large_string(kind):
+    if not is_text(kind):
         raise DataError(f"{file.description}: the column `text` holds {kind}, not text.")
 
     for group in range(table.num_row_groups):
@@ -410,18 +474,34 @@ def read_parquet(raw: BinaryIO, file) -> Iterator[Block]:
         columns = map(metadata.column, range(metadata.num_columns))
         size = sum(c.total_uncompressed_size for c in columns if c.path_in_schema == "text")
 
-        if size <= 2 * Reader.CHUNK_SIZE:
+        if size + metadata.num_rows * Reader.ROW_SIZE <= 2 * Reader.CHUNK_SIZE:
             # Who passes over it need not even read it.
             yield Block(metadata.num_rows, size, functools.partial(group_texts, table, group))
             continue
 
-        for batch in table.iter_batches(64, [group], ["text"], use_threads=False):
-            column = batch.column(0)
+        for column in group_columns(table, group):
             yield Block(len(column), column.nbytes, functools.partial(column_texts, column))
 
 
-def group_texts(table, group: int) -> list[str | None]:
-    return column_texts(table.read_row_group(group, ["text"], use_threads=False).column(0))
+def is_text(kind) -> bool:
+    """Tell whether a type of pyarrow is text, however it is stored."""
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+
+    return types.is_string(kind) or types.is_large_string(kind) or str(kind) == "string_view"
+
+
+def group_columns(table, group: int) -> Iterator:
+    """Yield the texts of a row group a few at a time: they may be of 10 MB each."""
+    for batch in table.iter_batches(16, [group], ["text"], use_threads=False):
+        yield batch.column(0)
+
+
+def group_texts(table, group: int) -> Iterator[str | None]:
+    for column in group_columns(table, group):
+        yield from column_texts(column)
 
 
 def column_texts(column) -> list[str | None]:
@@ -430,7 +510,7 @@ def column_texts(column) -> list[str | None]:
     except UnicodeDecodeError:
         return [
             None if text is None else text.decode("utf-8", errors="replace")
-            for text in column.cast("binary").to_pylist()
+            for text in column.cast("string").cast("binary").to_pylist()
         ]
 
 
@@ -452,7 +532,7 @@ READERS: dict[str, Callable[[BinaryIO, LocalFile], Iterator[Block]]] = {
 }
 
 
-def one_line(error: Exception, max_size: int = 240) -> str:
+def one_line(error: object, max_size: int = 240) -> str:
     """Put the message of an error into one line without a full stop."""
     text = " ".join(str(error).split()) or type(error).__name__
 

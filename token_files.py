@@ -78,19 +78,7 @@ def verify(folder: Path, name: str, sidecar: dict) -> None:
     Raises:
         DataError: when a file is missing, or its size, checksum or ids are wrong.
     """
-    for split in SPLITS:
-        path = token_path(folder, name, split)
-        expected = sidecar[split]["tokens"] * TOKEN_TYPE.itemsize
-
-        if not path.exists():
-            raise DataError(f"{path} is missing; delete {name}.json to have it prepared again.")
-
-        if (size := path.stat().st_size) != expected:
-            raise DataError(
-                f"{path} has {size:,} bytes where {expected:,} were written;"
-                f" delete {name}.json to have it prepared again."
-            )
-
+    check_sizes(folder, name, sidecar)
     stamp_path = folder / f"{name}.verified"
     stamp = state_of(folder, name, sidecar)
 
@@ -112,6 +100,22 @@ def verify(folder: Path, name: str, sidecar: dict) -> None:
     # Files on a disk that cannot be written to are read through every time.
     with contextlib.suppress(OSError):
         write_whole(stamp_path, stamp)
+
+
+def check_sizes(folder: Path, name: str, sidecar: dict) -> None:
+    """Raise DataError unless both token files are there in their sizes."""
+    for split in SPLITS:
+        path = token_path(folder, name, split)
+        expected = sidecar[split]["tokens"] * TOKEN_TYPE.itemsize
+
+        if not path.exists():
+            raise DataError(f"{path} is missing; delete {name}.json to have it prepared again.")
+
+        if (size := path.stat().st_size) != expected:
+            raise DataError(
+                f"{path} has {size:,} bytes where {expected:,} were written;"
+                f" delete {name}.json to have it prepared again."
+            )
 
 
 def state_of(folder: Path, name: str, sidecar: dict) -> bytes:

@@ -29,6 +29,8 @@ END_POINT = 0x110000
 
 # More than so many characters are left to tiktoken, which is slower but takes less memory.
 MAX_CHARACTERS = 1 << 23
+# Longer pieces seldom come again, and are not remembered.
+MAX_KNOWN_PIECE = 24
 
 
 class DataError(Exception):
@@ -208,9 +210,17 @@ def byte_offsets(points: np.ndarray, places: np.ndarray) -> np.ndarray:
     return places + sums[np.searchsorted(wide, places)]
 
 
-@functools.lru_cache(maxsize=1 << 18)
-def piece_tokens(piece: str) -> tuple[int, ...]:
+def piece_tokens(piece: str) -> Sequence[int]:
     """Return the tokens of a piece; the empty one is the end of a document."""
+    return known_tokens(piece) if len(piece) <= MAX_KNOWN_PIECE else ordinary_tokens(piece)
+
+
+@functools.lru_cache(maxsize=1 << 17)
+def known_tokens(piece: str) -> Sequence[int]:
+    return ordinary_tokens(piece)
+
+
+def ordinary_tokens(piece: str) -> Sequence[int]:
     return tuple(load_encoding().encode_ordinary(piece)) if piece else (END_OF_TEXT,)
 
 

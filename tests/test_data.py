@@ -1,6 +1,7 @@
 """The stream of samples and the windows to test on, against brute force."""
 
 from collections import Counter
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -13,9 +14,9 @@ from tokenizer import DataError
 
 
 def test_weights():
-    assert resolve_weights([None, None], [300, 100]) == [0.75, 0.25]
-    assert resolve_weights([None, 0.1], [300, 100]) == [0.9, 0.1]
-    assert resolve_weights([3.0, 1.0], [5, 5]) == [0.75, 0.25]
+    assert resolve_weights([None, None], [300, 100]) == [Fraction(3, 4), Fraction(1, 4)]
+    assert resolve_weights([None, 0.1], [300, 100]) == [Fraction(9, 10), Fraction(1, 10)]
+    assert resolve_weights([1.0, 5.0], [5, 5]) == [Fraction(1, 6), Fraction(5, 6)]
 
     with pytest.raises(ValueError, match="leaves nothing"):
         resolve_weights([None, 1.5], [1, 1])
@@ -73,6 +74,18 @@ def test_shares_are_exact_to_one_sample(weights):
     due = np.arange(1, len(turns) + 1)[:, None] * shares
 
     assert np.abs(counts - due).max() < 1
+
+
+@pytest.mark.parametrize(
+    ("weights", "period"),
+    [([1.0, 5.0], 6), ([3.0, 5.0, 6.0], 14), ([None, 0.1], 10), ([0.3, 0.7], 10)],
+)
+def test_shares_are_those_that_were_asked_for(weights, period):
+    shares = resolve_weights(weights, [100] * len(weights))
+    stream = SampleStream([np.zeros(20, "<u2")] * len(weights), shares, 4, 0)
+
+    assert len(stream.turns) == period
+    assert stream.shares == [float(share) for share in shares]
 
 
 def test_sources_are_mixed_and_each_is_read_without_replacement():

@@ -27,7 +27,13 @@ def dead_process() -> int:
 
 
 def write_lock(path: Path, **changes) -> dict:
-    holder = {"host": locks.host_name(), "process": os.getppid(), "token": "theirs", **changes}
+    holder = {
+        "host": locks.host_name(),
+        "process": os.getppid(),
+        "started": locks.start_of(os.getppid()),
+        "token": "theirs",
+        **changes,
+    }
     path.write_text(json.dumps(holder))
 
     return holder
@@ -53,7 +59,8 @@ def test_the_lock_is_given_back_after_an_error(tmp_path):
     "changes",
     [
         pytest.param({"process": dead_process()}, id="the process is dead"),
-        pytest.param({"process": os.getpid()}, id="its number is ours"),
+        pytest.param({"process": os.getpid(), "started": None}, id="its number is ours"),
+        pytest.param({"started": "1"}, id="its number is another's"),
     ],
 )
 def test_the_lock_of_a_dead_process_is_taken_over(tmp_path, changes):
@@ -126,6 +133,42 @@ def test_a_holder_on_another_machine_is_believed_while_it_shows_life(tmp_path, m
 
     assert beats >= 100 + locks.PATIENCE - 5
     assert told == [f"process {holder['process']} on another machine"]
+
+
+def test_a_holder_on_this_machine_that_is_stopped_is_waited_for(tmp_path, monkeypatch):
+    """It is silent, but not dead: it will go on as the holder that it is."""
+    monkeypatch.setattr(locks, "PATIENCE", 0)
+    monkeypatch.setattr(locks, "POLL", 0.001)
+    path = tmp_path / "lock"
+    holder = write_lock(path)
+    polls = []
+
+    def poll(_) -> None:
+        polls.append(json.loads(path.read_text()))
+
+        if len(polls) == 50:
+            path.unlink()
+
+    monkeypatch.setattr(locks.time, "sleep", poll)
+
+    with exclusive(path, lambda _: None):
+        assert polls == [holder] * 50
+
+
+def test_who_has_lost_the_lock_can_tell(tmp_path):
+    with exclusive(tmp_path / "lock", refuse_to_wait) as is_held:
+        assert is_held()
+        write_lock(tmp_path / "lock")
+        assert not is_held()
+
+
+@pytest.mark.parametrize("content", ["", "[]", "5", "{}", '{"host": "a"}', "no JSON"])
+def test_a_lock_that_is_none_is_taken_over_once_it_is_old(tmp_path, monkeypatch, content):
+    monkeypatch.setattr(locks, "PATIENCE", 0)
+    (tmp_path / "lock").write_text(content)
+
+    with exclusive(tmp_path / "lock", lambda _: None):
+        pass
 
 
 def test_a_holder_shows_life(tmp_path, monkeypatch):

@@ -472,7 +472,11 @@ def test_who_waits_for_another_process_says_so(text_folder, tmp_path, capsys):
     source = TextFiles(text_folder)
     lock = tmp_path / f"{source.name}.lock"
     # Our parent lives, and so does its lock.
-    owner = {"host": locks.host_name(), "process": os.getppid(), "token": "theirs"}
+    owner = {
+        "host": locks.host_name(),
+        "process": os.getppid(),
+        "started": locks.start_of(os.getppid()),
+    }
     lock.write_text(json.dumps(owner))
     waiting = threading.Thread(target=load_or_prepare, args=(source, tmp_path, 1))
     waiting.start()

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 from conftest import write_documents
 from hub_server import parquet
 
+import preparation
 import sources
 from hub import HubDataset
 from preparation import load_or_prepare, parse_source
@@ -65,16 +67,20 @@ def csv_rows(texts: list[str | None]) -> bytes:
     return buffer.getvalue().encode()
 
 
-def texts_in(source) -> list[str]:
-    """Read all documents of a source, file by file."""
+def texts_of(file) -> list[str]:
     found = []
 
-    for file in source.listing().files:
-        with Reader(file) as reader:
-            while not reader.is_finished:
-                found += [text for _, text in reader.chunk() if text]
+    with Reader(file) as reader:
+        while not reader.is_finished:
+            found += [text for _, text in reader.chunk() if text]
+            assert 0 <= reader.position <= file.size
 
     return found
+
+
+def texts_in(source) -> list[str]:
+    """Read all documents of a source, file by file."""
+    return [text for file in source.listing().files for text in texts_of(file)]
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
@@ -129,6 +135,90 @@ def test_a_folder_is_read_recursively_in_sorted_order(tmp_path, capsys):
     assert f"1 files in {tmp_path} are not text: picture.png" in capsys.readouterr().out
 
 
+def test_links_are_followed_once(tmp_path):
+    (tmp_path / "text" / "sub").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a.txt").write_text("elsewhere")
+    (tmp_path / "text" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "text" / "sub" / "loop").symlink_to(tmp_path / "text")
+
+    assert texts_in(TextFiles(tmp_path / "text")) == ["elsewhere"]
+
+
+def test_what_a_run_writes_below_its_text_is_none_of_it(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "metrics.csv").write_text("epoch\n1\n")
+    source = TextFiles(tmp_path, (tmp_path / "out", tmp_path))
+    before = source.revision()
+    (tmp_path / "out" / "metrics.csv").write_text("epoch\n1\n2\n")
+
+    assert texts_in(source) == ["text"]
+    assert source.revision() == before
+
+
+def test_names_that_are_no_utf8(tmp_path, capsys):
+    folder = os.fsencode(tmp_path)
+
+    for name, content in ((b"\xff.txt", b"text"), (b"\xfe.png", b"\0")):
+        with open(os.path.join(folder, name), "wb") as file:
+            file.write(content)
+
+    assert texts_in(TextFiles(tmp_path)) == ["text"]
+    assert TextFiles(tmp_path).revision()
+    assert "are not text: ?.png" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.jsonl", "a.bz2", "a.xz", "a.gz"])
+def test_empty_files_are_no_documents(tmp_path, name):
+    (tmp_path / name).write_bytes(b"")
+    (tmp_path / "b.txt").write_text("text")
+
+    assert texts_in(TextFiles(tmp_path)) == ["text"]
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("kind", [".txt", ".jsonl", ".csv", ".parquet"])
+def test_files_of_several_chunks(tmp_path, monkeypatch, kind, packing):
+    """All that is cut into chunks, by the way of a preparation: from open to the last position."""
+    monkeypatch.setattr(Reader, "CHUNK_SIZE", 1000)
+    monkeypatch.setattr(preparation, "UNIT_SIZE", 10)
+    texts = [f"text {i} {'x' * i}\n" for i in range(200)]
+    write = {".jsonl": jsonl, ".csv": csv_rows, ".parquet": parquet}
+    path = tmp_path / f"a{kind}{packing}"
+    texts *= 30 if kind == ".txt" else 1
+    content = write[kind](texts) if kind in write else "".join(texts).encode()
+    path.write_bytes(PACKINGS[packing](content))
+    dataset = load_or_prepare(TextFiles(path), tmp_path / "dataset", 1)
+    tokens = np.concatenate([dataset.train, dataset.test])
+
+    if kind == ".txt":
+        texts = list(cut(iter(["".join(texts)])))
+
+    assert len(tokens) == sum(len(encode(text)) + 1 for text in texts)
+
+
+def test_rows_without_text_come_to_an_end_too(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": ""}\n' * 300_000)
+    [file] = TextFiles(tmp_path).listing().files
+
+    with Reader(file) as reader:
+        reader.skip()
+
+        assert not reader.is_finished
+
+
+def test_a_small_file_of_large_rows_is_decoded_a_few_at_a_time(tmp_path):
+    """Equal rows are stored once: 33 kB become 300 MB."""
+    (tmp_path / "a.parquet").write_bytes(parquet(["x" * 1000] * 300_000))
+    [file] = TextFiles(tmp_path).listing().files
+
+    with Reader(file) as reader:
+        blocks = reader.skip()
+
+    assert sum(block.num_rows for block in blocks) < 10_000 or len(blocks) == 1
+
+
 def test_the_description_of_a_folder_is_its_place(tmp_path):
     twin = tmp_path / ".." / tmp_path.name
 
@@ -140,11 +230,12 @@ def test_the_description_of_a_folder_is_its_place(tmp_path):
     ("name", "content", "message"),
     [
         ("a.parquet", parquet(["x"], column="content"), "no column `text`, it has content"),
+        ("a.jsonl", b'{"text": "x", "y": ' + b"[" * 200_000, "line 1: this is no JSON"),
         ("a.parquet", parquet([1, 2]), "the column `text` holds int64, not text"),
         ("a.parquet", b"PAR1 no", "cannot be read"),
         ("a.parquet", parquet(["x" * 1000])[:-50], "cannot be read"),
         ("a.csv", b"id,content\n1,x\n", "no column `text`, it has id, content"),
-        ("a.csv", b"", "no column `text`, it has none"),
+        ("a.csv", b"\n", "no column `text`, it has none"),
         ("a.jsonl", b'{"text": "x"}\n{"content": "x"}\n', "line 2: there is no `text`"),
         ("a.jsonl", b'{"text": "x"}\n\n{"text": \n', "line 3: this is no JSON"),
         ("a.jsonl", b"[1, 2]\n", "line 1: there is no `text`"),
@@ -166,7 +257,14 @@ def test_what_cannot_be_read_is_named(tmp_path, name, content, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("kind", [pyarrow.string(), pyarrow.large_string()])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pyarrow.string(),
+        pyarrow.large_string(),
+        pyarrow.dictionary(pyarrow.int32(), pyarrow.string()),
+    ],
+)
 @pytest.mark.parametrize("row_group_size", [3, 100])
 @pytest.mark.parametrize("chunk_size", [1 << 6, 1 << 21])
 def test_parquet_in_small_and_large_row_groups(
@@ -199,7 +297,7 @@ def test_chunks_are_the_same_for_who_skips_and_who_reads(tmp_path, monkeypatch):
 
         with Reader(file) as reader:
             while not reader.is_finished:
-                chunks.append(reader.chunk())
+                chunks.append(list(reader.chunk()))
 
         assert len(chunks) > 3
 
@@ -208,7 +306,7 @@ def test_chunks_are_the_same_for_who_skips_and_who_reads(tmp_path, monkeypatch):
                 for _ in range(number):
                     reader.skip()
 
-                assert reader.chunk() == chunk
+                assert list(reader.chunk()) == chunk
 
 
 DOCUMENTS = {

@@ -1,0 +1,321 @@
+"""Continue a text, as a trained model would have written it."""
+
+import codecs
+import contextlib
+import os
+import secrets
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+from arguments import (
+    Parser,
+    fail,
+    non_negative_float,
+    parse_bool,
+    positive_int,
+    seed_int,
+    share_float,
+)
+
+PROMPT_MARK = "> "
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="generate.py", description=__doc__)
+
+    add = parser.add_argument_group("model").add_argument
+    add(
+        "--checkpoint_path",
+        default="./out/checkpoint.pt",
+        help="The path to the checkpoint file on disk.",
+    )
+    add(
+        "--lora_path",
+        default="./out/lora.pt",
+        help="The path to the LoRA checkpoint; without the flag it is used if it is there.",
+    )
+    add(
+        "--raw",
+        type=parse_bool,
+        nargs="?",
+        const=True,
+        default=False,
+        help="Give the prompt to a fine-tuned model as it is, without a template of instructions.",
+    )
+
+    add = parser.add_argument_group("text").add_argument
+    add(
+        "--prompt",
+        help="The text to continue; without it, standard input if that is a pipe, else you are"
+        " asked, again and again.",
+    )
+    add(
+        "--max_tokens",
+        type=positive_int,
+        default=500,
+        help="The maximum number of tokens to generate.",
+    )
+    add(
+        "--num_samples",
+        type=positive_int,
+        default=1,
+        help="The number of continuations, drawn side by side.",
+    )
+    add(
+        "--temperature",
+        type=non_negative_float,
+        default=1.0,
+        help="The amount of chance: logits are divided by it; 0 takes the most probable token.",
+    )
+    add(
+        "--top_k",
+        type=positive_int,
+        default=20,
+        help="Only sample from this many of the most probable tokens.",
+    )
+    add(
+        "--top_p",
+        type=share_float,
+        default=1.0,
+        help="Of these, only as many as together reach this probability.",
+    )
+    add(
+        "--seed",
+        type=seed_int,
+        help="The seed for the random number generator; None draws one.",
+    )
+
+    add = parser.add_argument_group("run").add_argument
+    add(
+        "--device",
+        default="cuda",
+        help="The device to run the computation on: cuda, cuda:N, mps or cpu.",
+    )
+    add(
+        "--precision",
+        choices=["auto", "bf16", "fp16", "fp32"],
+        default="auto",
+        help="The number format of the weights; auto takes what is fast on the device.",
+    )
+    add(
+        "--compile",
+        type=parse_bool,
+        nargs="?",
+        const=True,
+        default=True,
+        help="On a GPU, record a step once and replay it as a CUDA graph.",
+    )
+
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args, given = build_parser().parse(argv, {})
+
+    # Only now, so that a wrong flag is answered at once.
+    from checkpoint import CheckpointError
+    from tokenizer import DataError
+    from training import TrainingError, is_out_of_memory, resolve_device
+
+    try:
+        device = resolve_device(args.device if "device" in given else None)
+        speaker = Speaker(args, device, "lora_path" in given)
+        answer_all(args, speaker)
+    except ValueError as error:
+        return fail(error, status=2)
+    except (CheckpointError, DataError, TrainingError, OSError) as error:
+        if isinstance(error, BrokenPipeError):
+            # Who read has left; what Python still holds for it goes nowhere.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
+
+        return fail(error)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+
+        return fail(f"{device} is out of memory; lower --num_samples.")
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+
+    return 0
+
+
+class Speaker:
+    """A model that continues texts, as the arguments want it.
+
+    Args:
+        needs_lora: whether the LoRA checkpoint was asked for, and so has to be there.
+
+    Raises:
+        CheckpointError: when a checkpoint is missing, damaged, or of no use here.
+    """
+
+    def __init__(self, args: Namespace, device, needs_lora: bool):
+        from checkpoint import build_model, load_checkpoint, merge_lora
+        from training import PRECISIONS, resolve_precision
+
+        self.args = args
+        self.device = device
+        self.seed = secrets.randbelow(2**31) if args.seed is None else args.seed
+        self.num_answers = 0
+
+        path, lora_path = Path(args.checkpoint_path), Path(args.lora_path)
+        model = build_model(load_checkpoint(path, ("model_args", "model", "encoding")), path)
+        self.is_tuned = needs_lora or lora_path.exists()
+
+        if self.is_tuned:
+            lora = load_checkpoint(lora_path, ("lora_args", "lora", "base"))
+            merge_lora(model, lora, lora_path)
+
+        precision = resolve_precision(device) if args.precision == "auto" else args.precision
+        self.model = model.to(device, PRECISIONS[precision]).eval()
+        speaker = f"{path} with {lora_path}" if self.is_tuned else str(path)
+        tell(
+            f"{speaker}: {model.num_parameters:,} parameters, context {model.block_size}, on"
+            f" {device} in {precision}, --seed={self.seed}"
+        )
+
+    def answer(self, prompt: str, is_echoed: bool) -> None:
+        """Write continuations of a prompt to standard output; as it comes, if it is one."""
+        pieces = self.continuations(self.tokens(prompt))
+        echo = prompt if is_echoed and not self.uses_template else ""
+        start = time.perf_counter()
+        num_tokens, first_after = 0, 0.0
+        texts = [echo] * self.args.num_samples
+
+        for row in pieces:
+            first_after = first_after or time.perf_counter() - start
+            num_tokens += sum(piece is not None for piece in row)
+            texts = [text + (piece or "") for text, piece in zip(texts, row, strict=True)]
+
+            if len(texts) == 1:
+                write(texts[0])
+                texts = [""]
+
+        seconds = time.perf_counter() - start
+
+        for number, text in enumerate(texts):
+            write(f"{text}\n" if number + 1 == len(texts) else f"{text}\n---\n")
+
+        tell(
+            f"{num_tokens} tokens in {seconds:.2f} s, {num_tokens / max(seconds, 1e-9):,.1f}"
+            f" tokens/s, the first after {first_after:.2f} s"
+        )
+        self.num_answers += 1
+
+    @property
+    def uses_template(self) -> bool:
+        return self.is_tuned and not self.args.raw
+
+    def tokens(self, prompt: str) -> list[int]:
+        """Turn a prompt into what the model reads: its last tokens, and one at least."""
+        from instructions import format_prompt
+        from tokenizer import END_OF_TEXT, encode
+
+        tokens = encode(format_prompt(prompt) if self.uses_template else prompt).tolist()
+
+        if not tokens:
+            tell("The prompt is empty; a text is begun.")
+            return [END_OF_TEXT]
+
+        if len(tokens) > self.model.block_size:
+            tell(
+                f"The prompt has {len(tokens):,} tokens, the last {self.model.block_size:,} are"
+                " read (the context of the model)."
+            )
+
+        return tokens[-self.model.block_size :]
+
+    def continuations(self, prompt: list[int]) -> Iterator[list[str | None]]:
+        """Yield what each new token adds to each text; None once a text has ended."""
+        import torch
+
+        from model import Sampler, generate
+        from tokenizer import END_OF_TEXT, load_encoding
+
+        args, encoding = self.args, load_encoding()
+        x = torch.tensor([prompt] * args.num_samples, device=self.device)  # (B, T)
+        sampler = Sampler(args.temperature, args.top_k, args.top_p)
+        use_graphs = args.compile and self.device.type == "cuda"
+        seed = self.seed + self.num_answers
+        # A character may have its bytes in several tokens.
+        running = [True] * args.num_samples
+        decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in running]
+
+        for tokens in generate(self.model, x, args.max_tokens, sampler, seed, use_graphs):
+            row: list[str | None] = []
+
+            for number, token in enumerate(tokens.tolist()):
+                if running[number] and token == END_OF_TEXT:
+                    running[number] = False
+                    row.append(decoders[number].decode(b"", final=True))
+                elif running[number]:
+                    row.append(decoders[number].decode(encoding.decode_single_token_bytes(token)))
+                else:
+                    row.append(None)
+
+            yield row
+
+            if not any(running):
+                return
+
+        yield [decoder.decode(b"", final=True) or None for decoder in decoders]
+
+
+def answer_all(args: Namespace, speaker: Speaker) -> None:
+    """Answer the prompt that was given, or piped, or those that are asked for."""
+    if args.prompt is not None:
+        speaker.answer(without_surrogates(args.prompt), is_echoed=True)
+    elif not sys.stdin.isatty():
+        speaker.answer(read_piped_prompt(), is_echoed=True)
+    else:
+        # Lines that are asked for can be edited then, and called back.
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401
+
+        while (prompt := ask()) is not None:
+            speaker.answer(prompt, is_echoed=False)
+
+
+def read_piped_prompt() -> str:
+    """Read standard input as one prompt, without the line end that most commands add."""
+    content = sys.stdin.buffer.read().removesuffix(b"\n")
+    prompt = content.decode("utf-8", errors="replace")
+
+    if prompt.encode() != content:
+        tell("The prompt is not all UTF-8; what is not becomes \N{REPLACEMENT CHARACTER}.")
+
+    return prompt
+
+
+def ask() -> str | None:
+    """Ask for a prompt on the terminal; None when there are no more."""
+    try:
+        return without_surrogates(input(PROMPT_MARK))
+    except EOFError:
+        print()
+        return None
+
+
+def without_surrogates(text: str) -> str:
+    """Replace what a terminal gave in another encoding than its own."""
+    return text.encode("utf-8", errors="replace").decode("utf-8")
+
+
+def write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def tell(text: str) -> None:
+    """Print what is not part of the text."""
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
