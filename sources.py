@@ -30,6 +30,9 @@ SUFFIXES = {".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".parquet": "par
 COMPRESSIONS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 NOT_MODULES = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
+# Parquet is read by its row groups, where they are no larger than this many bytes.
+MAX_LAZY_GROUP = 1 << 25
+
 # Plain text of more characters than this is cut into documents even where a file is one document.
 MAX_DOCUMENT = 1 << 22
 
@@ -474,7 +477,7 @@ def read_parquet(content: BinaryIO, file) -> Iterator[Block]:
         columns = map(metadata.column, range(metadata.num_columns))
         size = sum(c.total_uncompressed_size for c in columns if c.path_in_schema == "text")
 
-        if size + metadata.num_rows * Reader.ROW_SIZE <= 2 * Reader.CHUNK_SIZE:
+        if size + metadata.num_rows * Reader.ROW_SIZE <= MAX_LAZY_GROUP:
             # Who passes over it need not even read it.
             yield Block(metadata.num_rows, size, functools.partial(group_texts, table, group))
             continue

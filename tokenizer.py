@@ -29,7 +29,8 @@ END_POINT = 0x110000
 
 # More than so many characters are left to tiktoken, which is slower but takes less memory.
 MAX_CHARACTERS = 1 << 23
-# Longer pieces seldom come again, and are not remembered.
+# How many pieces are remembered with their tokens, and of how many characters at most.
+MAX_KNOWN_PIECES = 1 << 18
 MAX_KNOWN_PIECE = 24
 
 
@@ -104,7 +105,7 @@ def encode_documents(texts: Sequence[str]) -> np.ndarray:
     pieces = pyarrow.StringArray.from_buffers(len(starts), *buffers).dictionary_encode()
 
     # One after the other, the tokens of distinct pieces; then where those of each piece are.
-    distinct = list(map(piece_tokens, pieces.dictionary.to_pylist()))
+    distinct = tokens_of_pieces(pieces.dictionary.to_pylist())
     tokens = np.fromiter(itertools.chain.from_iterable(distinct), TOKEN_TYPE)
     lengths = np.fromiter(map(len, distinct), np.int32, len(distinct))
     firsts = np.cumsum(lengths, dtype=np.int32) - lengths
@@ -157,7 +158,7 @@ def piece_starts(points: np.ndarray) -> np.ndarray:
 def character_kinds(points: np.ndarray) -> np.ndarray:
     """Return the kinds of characters, uint8, as tiktoken's own patterns see them."""
     table = known_kinds()
-    kinds = table.take(points)
+    kinds = table.take(points, mode="clip")
 
     if (kinds == UNKNOWN).any():
         unknown = np.unique(points[kinds == UNKNOWN])
@@ -210,18 +211,29 @@ def byte_offsets(points: np.ndarray, places: np.ndarray) -> np.ndarray:
     return places + sums[np.searchsorted(wide, places)]
 
 
-def piece_tokens(piece: str) -> Sequence[int]:
-    """Return the tokens of a piece; the empty one is the end of a document."""
-    return known_tokens(piece) if len(piece) <= MAX_KNOWN_PIECE else ordinary_tokens(piece)
+def tokens_of_pieces(pieces: list[str]) -> list[Sequence[int]]:
+    """Return the tokens of each piece; the empty one is the end of a document."""
+    known = known_pieces()
+
+    if len(known) > MAX_KNOWN_PIECES:
+        known.clear()
+
+    return [known.get(piece) or learn(piece) for piece in pieces]
 
 
-@functools.lru_cache(maxsize=1 << 17)
-def known_tokens(piece: str) -> Sequence[int]:
-    return ordinary_tokens(piece)
+def learn(piece: str) -> Sequence[int]:
+    tokens = tuple(load_encoding().encode_ordinary(piece)) if piece else (END_OF_TEXT,)
+
+    # Long pieces seldom come again.
+    if len(piece) <= MAX_KNOWN_PIECE:
+        known_pieces()[piece] = tokens
+
+    return tokens
 
 
-def ordinary_tokens(piece: str) -> Sequence[int]:
-    return tuple(load_encoding().encode_ordinary(piece)) if piece else (END_OF_TEXT,)
+@functools.cache
+def known_pieces() -> dict[str, Sequence[int]]:
+    return {}
 
 
 def without_surrogates(text: str) -> str:
