@@ -105,7 +105,10 @@ class GPT(nn.Module):
 
     def project(self, z: Tensor) -> Tensor:
         """Turn states (…, D) into logits (…, vocabulary_size)."""
-        return F.linear(z, self.token_embeddings.weight)[..., : self.vocabulary_size]
+        weight = self.token_embeddings.weight
+        product = few_rows_product if is_generating(z) else F.linear
+
+        return product(z, weight)[..., : self.vocabulary_size]
 
     @torch.no_grad()
     def initialize(self) -> None:
@@ -187,24 +190,21 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
 
         self.num_attention_heads = num_attention_heads
-        self.query_key_value = nn.Linear(embedding_dimensions, 3 * embedding_dimensions, bias=bias)
-        self.output = nn.Linear(embedding_dimensions, embedding_dimensions, bias=bias)
+        self.query_key_value = Linear(embedding_dimensions, 3 * embedding_dimensions, bias=bias)
+        self.output = Linear(embedding_dimensions, embedding_dimensions, bias=bias)
 
     def forward(self, z: Tensor, cache: "LayerCache | None" = None) -> Tensor:
-        query, key, value = (
-            part.unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)  # (B, H, T, K)
-            for part in self.query_key_value(z).chunk(3, dim=-1)
-        )
-
+        parts = self.query_key_value(z)  # (B, T, 3 D)
+        parts = parts.unflatten(-1, (3, self.num_attention_heads, -1))  # (B, T, 3, H, K)
+        query, key, value = parts.permute(2, 0, 3, 1, 4)  # (B, H, T, K) each
         mask = None
 
         if cache is not None:
-            key, value, mask = cache.add(key, value)  # (B, H, S, K)
+            key, value, mask = cache.add(parts)  # (B, H, S, K)
 
         # A single token sees all that is visible; several that begin a text, what is before each.
-        is_causal = query.size(2) > 1
         z = F.scaled_dot_product_attention(
-            query, key, value, mask, is_causal=is_causal
+            query, key, value, mask, is_causal=query.size(2) > 1
         )  # (B, H, T, K)
 
         return self.output(z.transpose(1, 2).flatten(2))  # (B, T, D)
@@ -216,11 +216,41 @@ class MLP(nn.Module):
     def __init__(self, embedding_dimensions: int, bias: bool):
         super().__init__()
 
-        self.hidden = nn.Linear(embedding_dimensions, 4 * embedding_dimensions, bias=bias)
-        self.output = nn.Linear(4 * embedding_dimensions, embedding_dimensions, bias=bias)
+        self.hidden = Linear(embedding_dimensions, 4 * embedding_dimensions, bias=bias)
+        self.output = Linear(4 * embedding_dimensions, embedding_dimensions, bias=bias)
 
     def forward(self, z: Tensor) -> Tensor:
         return self.output(F.gelu(self.hidden(z), approximate="tanh"))
+
+
+class Linear(nn.Linear):
+    """A linear layer that generates text at the speed of memory.
+
+    For a few rows, W z^T reads the weights half as fast again as z W^T (float32 on a CPU).
+    """
+
+    MAX_ROWS = 32
+
+    def forward(self, z: Tensor) -> Tensor:
+        if self.bias is None and is_generating(z):
+            return few_rows_product(z, self.weight)
+
+        return super().forward(z)
+
+
+def is_generating(z: Tensor) -> bool:
+    """Tell whether states (…, D) are a few rows that nobody will want a gradient of."""
+    return (
+        torch.is_inference_mode_enabled()
+        and z.device.type == "cpu"
+        and z.dtype == torch.float32
+        and 1 < z.numel() // z.size(-1) <= Linear.MAX_ROWS
+    )
+
+
+def few_rows_product(z: Tensor, weight: Tensor) -> Tensor:
+    """Return z W^T for states (…, in) and weights (out, in)."""
+    return (weight @ z.flatten(0, -2).T).T.unflatten(0, z.shape[:-1])
 
 
 def check_sizes(embedding_dimensions: int, num_attention_heads: int) -> None:
@@ -265,7 +295,7 @@ class KeyValueCache:
 
         # Zeros, for what is masked is multiplied by zero, and that of a random number may be NaN.
         storage = weight.new_zeros(*size, weight.size(1) // num_heads)
-        self.layers = [LayerCache(self, keys, values) for keys, values in storage]
+        self.layers = [LayerCache(self, keys_values) for keys_values in storage]
 
         # Of the tokens to be read next: where they are, how much of the cache they may see, and
         # which of it when that is not all before them.
@@ -275,24 +305,22 @@ class KeyValueCache:
 
 
 class LayerCache:
-    """The part of one layer, (B, H, block_size, K) each."""
+    """The part of one layer: keys and values, (2, B, H, block_size, K)."""
 
-    def __init__(self, cache: KeyValueCache, keys: Tensor, values: Tensor):
+    def __init__(self, cache: KeyValueCache, keys_values: Tensor):
         self.cache = cache
-        self.keys = keys
-        self.values = values
+        self.keys_values = keys_values
 
-    def add(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Take in those of new tokens, (B, H, T, K).
+    def add(self, parts: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Take in those of new tokens, behind their queries in (B, T, 3, H, K).
 
         Returns:
             All that are visible, (B, H, S, K) each, and the mask.
         """
-        self.keys.index_copy_(2, self.cache.positions, key)
-        self.values.index_copy_(2, self.cache.positions, value)
-        visible = slice(self.cache.num_visible)
+        new = parts[:, :, 1:].permute(2, 0, 3, 1, 4)  # (2, B, H, T, K)
+        self.keys_values.index_copy_(3, self.cache.positions, new)
 
-        return self.keys[:, :, visible], self.values[:, :, visible], self.cache.mask
+        return *self.keys_values[:, :, :, : self.cache.num_visible], self.cache.mask
 
 
 class Decoder:

@@ -733,7 +733,16 @@ def conclude(args: Namespace, trainer: Trainer) -> None:
     print(f"Files:  {args.checkpoint_path}, {args.metrics_path}")
 
     longer = shlex.join([*sys.argv, "--resume", f"--num_epochs={2 * args.num_epochs}"])
-    print(f"Next:   python {longer}")
+    speak = ["generate.py"]
+
+    if args.checkpoint_path != build_parser().get_default("checkpoint_path"):
+        speak.append(f"--checkpoint_path={args.checkpoint_path}")
+
+    if args.dataset == ["stdlib"]:
+        speak.append("--prompt=def fibonacci(")
+
+    print(f"Next:   python {shlex.join(speak)}")
+    print(f"        python {longer}")
 
 
 if __name__ == "__main__":

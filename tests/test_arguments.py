@@ -1,5 +1,6 @@
 """The command line: the table of the README is true, and mistakes are answered in one line."""
 
+import importlib
 import re
 
 import pytest
@@ -14,6 +15,7 @@ TYPES = {
     arguments.positive_float: "float",
     arguments.non_negative_float: "float",
     arguments.dropout_float: "float",
+    arguments.share_float: "float",
     arguments.parse_bool: "bool",
     None: "string",
 }
@@ -27,8 +29,10 @@ def readme_table(script: str) -> dict[str, tuple[str, str, str]]:
     return {flag: (default, kind, text.replace("`", "")) for flag, default, kind, text in rows}
 
 
-def test_readme_has_the_arguments_of_the_parser(pre_train):
-    actions = [a for a in pre_train.build_parser()._actions if a.dest != "help"]
+@pytest.mark.parametrize("script", ["pre-train", "generate"])
+def test_readme_has_the_arguments_of_the_parser(script):
+    parser = importlib.import_module(script).build_parser()
+    actions = [a for a in parser._actions if a.dest != "help"]
     expected = {}
 
     for action in actions:
@@ -36,7 +40,7 @@ def test_readme_has_the_arguments_of_the_parser(pre_train):
         kind = TYPES[action.type] + (", one or more" if action.nargs == "+" else "")
         expected[action.option_strings[0]] = (str(default), kind, action.help)
 
-    assert readme_table("pre-train.py") == expected
+    assert readme_table(f"{script}.py") == expected
 
 
 def test_defaults_of_the_seed_are_kept(pre_train):

@@ -58,12 +58,12 @@ def test_the_cache_changes_no_logit(model, batch_size, prompt_size, num_steps, s
 
 def test_the_cache_keeps_its_place(model):
     decoder = Decoder(model, 2)
-    pointers = [layer.keys.data_ptr() for layer in decoder.cache.layers]
+    pointers = [layer.keys_values.data_ptr() for layer in decoder.cache.layers]
 
     for _ in range(20):
         decoder.read(torch.ones(2, 1, dtype=torch.int64))
 
-    assert pointers == [layer.keys.data_ptr() for layer in decoder.cache.layers]
+    assert pointers == [layer.keys_values.data_ptr() for layer in decoder.cache.layers]
 
 
 @pytest.mark.parametrize("graph_step", [1, 4, 5, 100])

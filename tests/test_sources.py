@@ -378,7 +378,18 @@ def test_sources_are_told_apart(text_folder):
 
 
 @pytest.mark.parametrize(
-    "value", ["./missing", "stdlib=0", "stdlib=-1", "stdlib=nan", "stdlib=x", "", "a/b/c", "a/b--c"]
+    "value",
+    [
+        "./missing",
+        "stdlib=0",
+        "stdlib=-1",
+        "stdlib=nan",
+        "stdlib=x",
+        "",
+        "a/b/c",
+        "a/b--c",
+        "a" * 300,
+    ],
 )
 def test_what_is_no_source_is_refused(value):
     with pytest.raises(ValueError, match="weight must be|is neither"):
