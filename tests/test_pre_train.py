@@ -69,7 +69,8 @@ def test_run_learns_records_and_concludes(pre_train, small, tmp_path, capsys):
     assert float(table[3]["learning_rate"]) > float(table[6]["learning_rate"]) > 0
 
     assert "epoch 8/8, train loss" in output
-    assert "Test loss" in output.splitlines()[-3]
+    assert "Test loss" in output.splitlines()[-4]
+    assert output.splitlines()[-2].startswith("Next:   python generate.py --checkpoint_path=")
     assert output.splitlines()[-1].endswith("--resume --num_epochs=16")
     assert best_path(tmp_path / "checkpoint.pt").exists()
     assert previous_path(tmp_path / "checkpoint.pt").exists()
