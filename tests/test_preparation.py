@@ -468,7 +468,7 @@ def test_several_processes_at_once_prepare_once(text_folder, tmp_path):
     assert not list(tmp_path.glob("*.lock*"))
 
 
-def test_who_waits_for_another_process_says_so(text_folder, tmp_path, capsys):
+def test_who_waits_for_another_process_says_so(text_folder, tmp_path, monkeypatch):
     source = TextFiles(text_folder)
     lock = tmp_path / f"{source.name}.lock"
     # Our parent lives, and so does its lock.
@@ -478,20 +478,23 @@ def test_who_waits_for_another_process_says_so(text_folder, tmp_path, capsys):
         "started": locks.start_of(os.getppid()),
     }
     lock.write_text(json.dumps(owner))
+    said, told = [], threading.Event()
+
+    def say(text: str, **_) -> None:
+        said.append(text)
+        told.set()
+
+    monkeypatch.setattr(preparation, "print", say, raising=False)
     waiting = threading.Thread(target=load_or_prepare, args=(source, tmp_path, 1))
     waiting.start()
-    said = ""
 
-    while "waiting for it" not in said:
-        assert waiting.is_alive()
-        said += capsys.readouterr().out
-
+    assert told.wait(timeout=60)
     assert list(tmp_path.iterdir()) == [lock]
 
     lock.unlink()
     waiting.join()
 
-    assert f"is being prepared by process {os.getppid()}" in said
+    assert f"is being prepared by process {os.getppid()}" in said[0]
     assert len(contents(tmp_path)) == 3
 
 
