@@ -194,9 +194,10 @@ class CausalSelfAttention(nn.Module):
         self.output = Linear(embedding_dimensions, embedding_dimensions, bias=bias)
 
     def forward(self, z: Tensor, cache: "LayerCache | None" = None) -> Tensor:
-        parts = self.query_key_value(z)  # (B, T, 3 D)
-        parts = parts.unflatten(-1, (3, self.num_attention_heads, -1))  # (B, T, 3, H, K)
-        query, key, value = parts.permute(2, 0, 3, 1, 4)  # (B, H, T, K) each
+        # Attention on a CPU takes a slow path for states that are not laid out row by row.
+        parts = self.query_key_value(z).contiguous()  # (B, T, 3 D)
+        parts = parts.view(*z.shape[:2], 3, self.num_attention_heads, -1)  # (B, T, 3, H, K)
+        query, key, value = parts.permute(2, 0, 3, 1, 4).unbind()  # (B, H, T, K) each
         mask = None
 
         if cache is not None:
@@ -226,31 +227,35 @@ class MLP(nn.Module):
 class Linear(nn.Linear):
     """A linear layer that generates text at the speed of memory.
 
-    For a few rows, W z^T reads the weights half as fast again as z W^T (float32 on a CPU).
+    For a few rows, W z^T reads the weights up to twice as fast as z W^T (float32 on a CPU).
     """
 
-    MAX_ROWS = 32
+    FEW_ROWS = range(3, 17)
 
     def forward(self, z: Tensor) -> Tensor:
-        if self.bias is None and is_generating(z):
-            return few_rows_product(z, self.weight)
+        weight, bias = self.weight, self.bias
 
-        return super().forward(z)
+        if bias is None and is_generating(z):
+            return few_rows_product(z, weight)
+
+        return F.linear(z, weight, bias)
 
 
 def is_generating(z: Tensor) -> bool:
     """Tell whether states (…, D) are a few rows that nobody will want a gradient of."""
     return (
         torch.is_inference_mode_enabled()
-        and z.device.type == "cpu"
+        and z.is_cpu
+        and z.numel() // z.size(-1) in Linear.FEW_ROWS
         and z.dtype == torch.float32
-        and 1 < z.numel() // z.size(-1) <= Linear.MAX_ROWS
     )
 
 
 def few_rows_product(z: Tensor, weight: Tensor) -> Tensor:
     """Return z W^T for states (…, in) and weights (out, in)."""
-    return (weight @ z.flatten(0, -2).T).T.unflatten(0, z.shape[:-1])
+    product = weight @ z.flatten(0, -2).T.contiguous()  # (out, N)
+
+    return product.T.unflatten(0, z.shape[:-1])
 
 
 def check_sizes(embedding_dimensions: int, num_attention_heads: int) -> None:
@@ -320,7 +325,9 @@ class LayerCache:
         new = parts[:, :, 1:].permute(2, 0, 3, 1, 4)  # (2, B, H, T, K)
         self.keys_values.index_copy_(3, self.cache.positions, new)
 
-        return *self.keys_values[:, :, :, : self.cache.num_visible], self.cache.mask
+        keys, values = self.keys_values.narrow(3, 0, self.cache.num_visible).unbind()
+
+        return keys, values, self.cache.mask
 
 
 class Decoder:

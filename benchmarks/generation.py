@@ -3,8 +3,8 @@
     python benchmarks/generation.py --nanogpt=PATH --num_tokens=500
 
 All have random weights of the same sizes, start from one token and take the most probable next.
-Prints tokens a second; the limit, measured on the spot: how often the weights that a token needs
-can be read from memory; the time to the first token behind a prompt of 512; and a batch of 8.
+Prints tokens a second; the limit, measured on the spot: how often the weights and the cache
+that a token needs can be read from memory; the time to the first token behind a prompt of 512; and a batch of 8.
 """
 
 import argparse
@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from model import GPT, Sampler, generate
+from model import GPT, KeyValueCache, Sampler, generate
 from training import PRECISIONS, resolve_device, resolve_precision, synchronize
 
 SIZES = {
@@ -110,8 +110,13 @@ def main() -> None:
     device = resolve_device(args.device)
     precision = resolve_precision(device) if args.precision == "auto" else args.precision
     model, run = ours(device, precision)
-    # A token reads one row of the embeddings, and all rows of the output layer.
+    # A token reads all rows of the output layer, and the keys and values of half the text.
     num_bytes = sum(p.nbytes for p in model.parameters()) - model.position_embeddings.weight.nbytes
+    num_bytes += (
+        sum(layer.keys_values.nbytes for layer in KeyValueCache(model, 1).layers)
+        * args.num_tokens
+        // (2 * model.block_size)
+    )
     limit = bandwidth(device) / num_bytes
     run(1, 1, 20)
 
