@@ -51,6 +51,38 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message.removeprefix('argument ')}\n")
 
 
+def add_flag(add: Callable, name: str, default: bool, text: str) -> None:
+    """Add an argument that is True, False, or True when it is named alone."""
+    add(name, type=parse_bool, nargs="?", const=True, default=default, help=text)
+
+
+def add_seed(add: Callable) -> None:
+    add(
+        "--seed",
+        type=seed_int,
+        help="The seed for the random number generator; None draws one.",
+    )
+
+
+def add_device(add: Callable, formatted: str) -> None:
+    """Add where to compute, and in which number format.
+
+    Args:
+        formatted: what has that format.
+    """
+    add(
+        "--device",
+        default="cuda",
+        help="The device to run the computation on: cuda, cuda:N, mps or cpu.",
+    )
+    add(
+        "--precision",
+        choices=["auto", "bf16", "fp16", "fp32"],
+        default="auto",
+        help=f"The number format of {formatted}; auto takes what is fast on the device.",
+    )
+
+
 def parse_bool(value: str) -> bool:
     """Read True or False, also as yes, no, 1 or 0."""
     if value.lower() in ("true", "yes", "1"):

@@ -12,11 +12,12 @@ from pathlib import Path
 
 from arguments import (
     Parser,
+    add_device,
+    add_flag,
+    add_seed,
     fail,
     non_negative_float,
-    parse_bool,
     positive_int,
-    seed_int,
     share_float,
 )
 
@@ -26,6 +27,17 @@ PROMPT_MARK = "> "
 def build_parser() -> Parser:
     parser = Parser(prog="generate.py", description=__doc__)
 
+    add_model_arguments(parser)
+    add_text_arguments(parser)
+
+    add = parser.add_argument_group("run").add_argument
+    add_device(add, "the weights")
+    add_flag(add, "--compile", True, "On a GPU, record a step once and replay it as a CUDA graph.")
+
+    return parser
+
+
+def add_model_arguments(parser: Parser) -> None:
     add = parser.add_argument_group("model").add_argument
     add(
         "--checkpoint_path",
@@ -37,15 +49,15 @@ def build_parser() -> Parser:
         default="./out/lora.pt",
         help="The path to the LoRA checkpoint; without the flag it is used if it is there.",
     )
-    add(
+    add_flag(
+        add,
         "--raw",
-        type=parse_bool,
-        nargs="?",
-        const=True,
-        default=False,
-        help="Give the prompt to a fine-tuned model as it is, without a template of instructions.",
+        False,
+        "Give the prompt to a fine-tuned model as it is, without a template of instructions.",
     )
 
+
+def add_text_arguments(parser: Parser) -> None:
     add = parser.add_argument_group("text").add_argument
     add(
         "--prompt",
@@ -82,34 +94,7 @@ def build_parser() -> Parser:
         default=1.0,
         help="Of these, only as many as together reach this probability.",
     )
-    add(
-        "--seed",
-        type=seed_int,
-        help="The seed for the random number generator; None draws one.",
-    )
-
-    add = parser.add_argument_group("run").add_argument
-    add(
-        "--device",
-        default="cuda",
-        help="The device to run the computation on: cuda, cuda:N, mps or cpu.",
-    )
-    add(
-        "--precision",
-        choices=["auto", "bf16", "fp16", "fp32"],
-        default="auto",
-        help="The number format of the weights; auto takes what is fast on the device.",
-    )
-    add(
-        "--compile",
-        type=parse_bool,
-        nargs="?",
-        const=True,
-        default=True,
-        help="On a GPU, record a step once and replay it as a CUDA graph.",
-    )
-
-    return parser
+    add_seed(add)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -17,14 +17,15 @@ from tqdm import tqdm
 
 from arguments import (
     Parser,
+    add_device,
+    add_flag,
+    add_seed,
     dropout_float,
     fail,
     non_negative_float,
     non_negative_int,
-    parse_bool,
     positive_float,
     positive_int,
-    seed_int,
 )
 from checkpoint import (
     FORMAT_VERSION,
@@ -298,11 +299,7 @@ def add_recipe_arguments(parser: Parser) -> None:
         default=1.0,
         help="Clip gradients above this threshold before stepping.",
     )
-    add(
-        "--seed",
-        type=seed_int,
-        help="The seed for the random number generator; None draws one.",
-    )
+    add_seed(add)
 
 
 def add_run_arguments(parser: Parser) -> None:
@@ -330,48 +327,30 @@ def add_run_arguments(parser: Parser) -> None:
         default="./out/pre-train.csv",
         help="The path to the table of metrics, one row an epoch.",
     )
-    add(
+    add_flag(
+        add,
         "--resume",
-        type=parse_bool,
-        nargs="?",
-        const=True,
-        default=False,
-        help="Should we resume training from the last checkpoint?",
+        False,
+        "Should we resume training from the last checkpoint?",
     )
-    add(
-        "--device",
-        default="cuda",
-        help="The device to run the computation on: cuda, cuda:N, mps or cpu.",
-    )
-    add(
-        "--precision",
-        choices=["auto", "bf16", "fp16", "fp32"],
-        default="auto",
-        help="The number format of the matrix products; auto takes what is fast on the device.",
-    )
-    add(
+    add_device(add, "the matrix products")
+    add_flag(
+        add,
         "--compile",
-        type=parse_bool,
-        nargs="?",
-        const=True,
-        default=True,
-        help="Compile the network, where a compiler works.",
+        True,
+        "Compile the network, where a compiler works.",
     )
-    add(
+    add_flag(
+        add,
         "--activation_checkpointing",
-        type=parse_bool,
-        nargs="?",
-        const=True,
-        default=False,
-        help="Trade compute for memory: compute activations a second time instead of keeping them.",
+        False,
+        "Trade compute for memory: compute activations a second time instead of keeping them.",
     )
-    add(
+    add_flag(
+        add,
         "--dry_run",
-        type=parse_bool,
-        nargs="?",
-        const=True,
-        default=False,
-        help="Print parameters, memory, data, speed and the time that the whole run would take,"
+        False,
+        "Print parameters, memory, data, speed and the time that the whole run would take,"
         " then stop.",
     )
 

@@ -3,8 +3,9 @@
     python benchmarks/generation.py --nanogpt=PATH --num_tokens=500
 
 All have random weights of the same sizes, start from one token and take the most probable next.
-Prints tokens a second; the limit, measured on the spot: how often the weights and the cache
-that a token needs can be read from memory; the time to the first token behind a prompt of 512; and a batch of 8.
+Prints tokens a second; the limit, measured on the spot: how often the weights and the cache that a
+token needs can be read from memory; the time to the first token behind a prompt of 512; and a batch
+of 8.
 """
 
 import argparse
