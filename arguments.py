@@ -10,6 +10,10 @@ import sys
 from collections.abc import Callable
 
 
+class UsageError(Exception):
+    """Arguments that do not fit what was found in the files that they name."""
+
+
 class Parser(argparse.ArgumentParser):
     """A parser that knows presets and answers a mistake in one line, with exit status 2."""
 
@@ -61,6 +65,15 @@ def add_seed(add: Callable) -> None:
         "--seed",
         type=seed_int,
         help="The seed for the random number generator; None draws one.",
+    )
+
+
+def add_optimizer(add: Callable) -> None:
+    add(
+        "--optimizer",
+        choices=["adamw", "muon"],
+        default="muon",
+        help="The optimizer: adamw, or muon for the hidden matrices with adamw for the rest.",
     )
 
 

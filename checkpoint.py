@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model import GPT, merge_adapter
+from lora import merge_lora
+from model import GPT
 from tokenizer import ENCODING
 
 FORMAT_VERSION = 1
@@ -306,24 +307,28 @@ def fingerprint(weights: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def merge_lora(model: GPT, lora: dict, path: Path) -> None:
+def merge_lora_checkpoint(model: GPT, state: dict, path: Path) -> None:
     """Add an adapter to the weights of its base.
 
     Args:
-        lora: what load_checkpoint has read from path.
+        state: what load_checkpoint has read from path.
 
     Raises:
         CheckpointError: when it was trained on another base, or does not fit.
     """
-    if lora["base"] != fingerprint(model.state_dict()):
-        raise CheckpointError(
-            f"{path} was trained on another base model than this; give its --checkpoint_path,"
-            " or another --lora_path."
-        )
-
-    check_finite(lora["lora"], path)
+    check_base(state, fingerprint(model.state_dict()), path)
+    check_finite(state["lora"], path)
 
     try:
-        merge_adapter(model, lora["lora"], lora["lora_args"]["alpha"])
-    except (KeyError, AttributeError, RuntimeError, TypeError) as error:
+        merge_lora(model, state["lora"], state["lora_args"]["alpha"])
+    except (KeyError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path} does not fit its base model.") from error
+
+
+def check_base(state: dict, base: str, path: Path) -> None:
+    """Raise CheckpointError unless an adapter was trained on the base with this fingerprint."""
+    if state["base"] != base:
+        raise CheckpointError(
+            f"{path} was trained on another base model than this; give its checkpoint, or another"
+            " LoRA file."
+        )

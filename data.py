@@ -1,4 +1,4 @@
-"""What training reads: the stream of samples, and the windows to test on.
+"""What training reads: the stream of samples, the windows to test on, and instructions in batches.
 
 Axes of the tensors: B samples, T tokens (block_size).
 """
@@ -11,7 +11,8 @@ from fractions import Fraction
 import numpy as np
 import torch
 
-from tokenizer import TOKEN_TYPE, DataError
+from instructions import Example
+from tokenizer import END_OF_TEXT, TOKEN_TYPE, DataError
 
 # The target of a position without loss; the value that torch's cross entropy ignores.
 IGNORE_INDEX = -100
@@ -259,3 +260,91 @@ class EvaluationWindows:
             y[len(windows) :] = IGNORE_INDEX
 
             yield x, y
+
+
+class InstructionBatches:
+    """Endless micro-batches of instructions: number i is a pure function of (seed, i).
+
+    An epoch visits every example once in a random order. Of the next POOL batches those of like
+    length are put together, so that little is padding, and then come in a random order.
+
+    Args:
+        examples: of 2 to block_size + 1 tokens each.
+    """
+
+    POOL = 64
+
+    def __init__(self, examples: Sequence[Example], batch_size: int, block_size: int, seed: int):
+        self.examples = examples
+        self.batch_size = batch_size
+        self.block_size = block_size
+        self.seed = seed
+        self.lengths = np.array([len(example.tokens) for example in examples])
+
+    def __len__(self) -> int:
+        """Return how many batches an epoch has."""
+        return math.ceil(len(self.examples) / self.batch_size)
+
+    def batch(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return token ids x and targets y, int64 (B, T), with IGNORE_INDEX where there is none."""
+        epoch, index = divmod(number, len(self))
+
+        examples = [self.examples[i] for i in self.plan(epoch)[index]]
+
+        return collate(examples, self.batch_size, self.block_size)
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019
+    def plan(self, epoch: int) -> list[np.ndarray]:
+        """Return the examples of every batch of an epoch."""
+        generator = np.random.default_rng([self.seed, epoch])
+        order = generator.permutation(len(self.examples))
+        batches = []
+
+        for pool in in_parts(order, self.POOL * self.batch_size):
+            ordered = pool[np.argsort(self.lengths[pool], kind="stable")]
+            some = list(in_parts(ordered, self.batch_size))
+            batches += [some[i] for i in generator.permutation(len(some))]
+
+        return batches
+
+    @property
+    def padding(self) -> float:
+        """The share of the first epoch's tokens that are padding."""
+        num_tokens = sum(self.batch(number)[0].numel() for number in range(len(self)))
+
+        return 1 - float((self.lengths - 1).sum()) / num_tokens
+
+
+def in_parts(values: Sequence, size: int) -> Iterator[Sequence]:
+    for first in range(0, len(values), size):
+        yield values[first : first + size]
+
+
+def ordered_batches(
+    examples: Sequence[Example], batch_size: int, block_size: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield all examples from the longest to the shortest, as InstructionBatches.batch does."""
+    for part in in_parts(sorted(examples, key=lambda row: -len(row.tokens)), batch_size):
+        yield collate(part, batch_size, block_size)
+
+
+def collate(
+    examples: Sequence[Example], batch_size: int, block_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Put examples into one batch, padded at the right, and filled up with empty rows.
+
+    Returns:
+        Token ids x and targets y, int64 (B, T); y is IGNORE_INDEX where nothing is to be predicted.
+        T is a multiple of 8, as matrix units like it, or block_size.
+    """
+    longest = max(len(example.tokens) for example in examples) - 1
+    length = min(math.ceil(longest / 8) * 8, block_size)
+    x = np.full((batch_size, length), END_OF_TEXT, dtype=np.int64)
+    y = np.full((batch_size, length), IGNORE_INDEX, dtype=np.int64)
+
+    for row, (tokens, is_target) in enumerate(examples):
+        num_tokens = len(tokens) - 1
+        x[row, :num_tokens] = tokens[:-1]
+        y[row, :num_tokens] = np.where(is_target[1:], tokens[1:].astype(np.int64), IGNORE_INDEX)
+
+    return torch.from_numpy(x), torch.from_numpy(y)

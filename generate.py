@@ -141,7 +141,7 @@ class Speaker:
     """
 
     def __init__(self, args: Namespace, device, needs_lora: bool):
-        from checkpoint import build_model, load_checkpoint, merge_lora
+        from checkpoint import build_model, load_checkpoint, merge_lora_checkpoint
         from training import PRECISIONS, resolve_precision
 
         self.args = args
@@ -155,7 +155,7 @@ class Speaker:
 
         if self.is_tuned:
             lora = load_checkpoint(lora_path, ("lora_args", "lora", "base"))
-            merge_lora(model, lora, lora_path)
+            merge_lora_checkpoint(model, lora, lora_path)
 
         precision = resolve_precision(device) if args.precision == "auto" else args.precision
         self.model = model.to(device, PRECISIONS[precision]).eval()

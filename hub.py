@@ -75,6 +75,41 @@ class HubDataset:
 
             return Listing(tuple(self.files(kind, paths, info.sha)), info.sha)
 
+    @classmethod
+    def parse(cls, value: str) -> "HubDataset | None":
+        """Read owner/name or owner/name:config; None where that is no such name."""
+        # The Hub allows no two dashes in a row, so they can stand for what file names do not have.
+        match = re.fullmatch(r"(\w[\w.-]*/[\w.-]+)(?::([\w.-]+))?", value)
+
+        if not match or "--" in match[1]:
+            return None
+
+        return cls(match[1], match[2], name=re.sub("[/:]", "--", value))
+
+    def rows(self) -> Iterator[dict]:
+        """Yield the rows of the split `train`, kept by `datasets` in its cache on the disk.
+
+        Raises:
+            DataError: as listing.
+        """
+        from datasets import disable_progress_bars, load_dataset
+
+        disable_progress_bars()
+
+        def load(revision: str | None = None):
+            return load_dataset(self.repository, self.config, revision=revision, split="train")
+
+        with reported_errors(self.description):
+            try:
+                dataset = insist(load, self.description)
+            except RuntimeError as error:
+                if "script" not in str(error):
+                    raise
+
+                dataset = insist(lambda: load(PARQUET_REVISION), self.description)
+
+        yield from dataset
+
     def info(self, revision: str | None):
         from huggingface_hub import HfApi, constants
 

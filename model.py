@@ -150,13 +150,14 @@ class GPT(nn.Module):
     def flops_per_token(self, num_tokens: int) -> int:
         """Count the operations to train on one token in a window of num_tokens tokens.
 
-        6 for every weight that is multiplied, and 12 x T x D for every layer's attention (Chowdhery
-        et al. 2022, appendix B).
+        6 for every weight that is multiplied (4 for a frozen one, which needs no gradient), and
+        12 x T x D for every layer's attention (Chowdhery et al. 2022, appendix B).
         """
         embedding_dimensions = self.token_embeddings.embedding_dim
         num_weights = self.num_parameters - self.position_embeddings.weight.numel()
+        per_weight = 6 if self.token_embeddings.weight.requires_grad else 4
 
-        return 6 * num_weights + 12 * len(self.blocks) * num_tokens * embedding_dimensions
+        return per_weight * num_weights + 12 * len(self.blocks) * num_tokens * embedding_dimensions
 
 
 class Block(nn.Module):
@@ -204,11 +205,10 @@ class CausalSelfAttention(nn.Module):
             key, value, mask = cache.add(parts)  # (B, H, S, K)
 
         # A single token sees all that is visible; several that begin a text, what is before each.
-        z = F.scaled_dot_product_attention(
-            query, key, value, mask, is_causal=query.size(2) > 1
-        )  # (B, H, T, K)
+        is_causal = cache is None or query.size(2) > 1
+        z = F.scaled_dot_product_attention(query, key, value, mask, is_causal=is_causal)
 
-        return self.output(z.transpose(1, 2).flatten(2))  # (B, T, D)
+        return self.output(z.transpose(1, 2).flatten(2))  # from (B, H, T, K) to (B, T, D)
 
 
 class MLP(nn.Module):
@@ -244,7 +244,7 @@ class Linear(nn.Linear):
 def is_generating(z: Tensor) -> bool:
     """Tell whether states (…, D) are a few rows that nobody will want a gradient of."""
     return (
-        torch.is_inference_mode_enabled()
+        not (torch.is_grad_enabled() or torch.compiler.is_compiling())
         and z.is_cpu
         and z.numel() // z.size(-1) in Linear.FEW_ROWS
         and z.dtype == torch.float32
@@ -269,21 +269,6 @@ def check_sizes(embedding_dimensions: int, num_attention_heads: int) -> None:
             f" {embedding_dimensions} and {num_attention_heads} given;"
             f" the nearest valid dimensions are {' and '.join(nearest)}."
         )
-
-
-@torch.no_grad()
-def merge_adapter(model: GPT, adapter: dict[str, Tensor], alpha: float) -> None:
-    """Add alpha B A to every weight W that an adapter has an A, (R, in), and a B, (out, R), for.
-
-    Args:
-        adapter: matrices by the name of the layer and `.lora_a` or `.lora_b` (Hu et al. 2021).
-
-    Raises:
-        KeyError, AttributeError, RuntimeError: when there is no such layer, or shapes differ.
-    """
-    for name in {key.rpartition(".")[0] for key in adapter}:
-        product = adapter[f"{name}.lora_b"] @ adapter[f"{name}.lora_a"]
-        model.get_submodule(name).weight.add_(product, alpha=alpha)
 
 
 class KeyValueCache:
@@ -513,11 +498,14 @@ def linear_cross_entropy(z: Tensor, weight: Tensor, y: Tensor, vocabulary_size: 
     device = z.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
-    needs_gradient = torch.is_grad_enabled() and (z.requires_grad or weight.requires_grad)
+    z, y = z.flatten(0, 1), y.flatten()  # (N, D), (N)
 
-    return LinearCrossEntropy.apply(
-        z.flatten(0, 1), weight, y.flatten(), vocabulary_size, dtype, needs_gradient
-    )
+    # Who fine-tunes has many positions without a target; who pre-trains need not look for them.
+    if not weight.requires_grad:
+        is_target = y >= 0
+        z, y = z[is_target], y[is_target]
+
+    return LinearCrossEntropy.apply(z, weight, y, vocabulary_size, dtype, torch.is_grad_enabled())
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -529,22 +517,30 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, z, weight, y, vocabulary_size, dtype, needs_gradient):
-        # On a CPU 128 rows of 50,304 logits stay below the size (32 MiB) from which the allocator
-        # returns memory to the system, to pay for it again in page faults at the next chunk.
+    def forward(ctx, z, weight, y, vocabulary_size, dtype, is_grad_enabled):
+        # 128 rows of 50,304 logits stay in a CPU's outer cache.
         chunk_size = 128 if z.device.type == "cpu" else 2048
 
         z_low, weight_low = z.to(dtype), weight.to(dtype)  # (N, D), (V, D)
         loss = torch.zeros((), device=z.device)
-        dz = torch.empty_like(z, dtype=torch.float32) if needs_gradient else None
-        dweight = torch.zeros_like(weight, dtype=torch.float32) if needs_gradient else None
+        dz = dweight = None
+
+        # What needs a gradient is told also where none are recorded.
+        if is_grad_enabled and ctx.needs_input_grad[0]:
+            dz = torch.empty_like(z, dtype=torch.float32)
+
+        if is_grad_enabled and ctx.needs_input_grad[1]:
+            dweight = torch.zeros_like(weight, dtype=torch.float32)
+
+        # One buffer for all chunks: fresh memory is paid for in page faults.
+        buffer = z.new_empty(min(chunk_size, len(z)), len(weight), dtype=torch.float32)
 
         for start in range(0, len(z), chunk_size):
             rows = slice(start, start + chunk_size)
             has_target = (y[rows] >= 0)[:, None]  # (n, 1)
             targets = y[rows].clamp(min=0)[:, None]  # (n, 1)
 
-            logits = (z_low[rows] @ weight_low.T).float()  # (n, V)
+            logits = product_into(buffer[: len(targets)], z_low[rows], weight_low.T)  # (n, V)
             logits[:, vocabulary_size:] = -math.inf
             shift = logits.amax(dim=-1, keepdim=True)  # (n, 1)
             target_logits = logits.gather(1, targets)  # (n, 1)
@@ -553,7 +549,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
             loss += (total.log() + shift - target_logits).where(has_target, 0.0).sum()
 
-            if needs_gradient:
+            if dz is not None or dweight is not None:
                 # fp16 has few digits left below 6e-5: there g is divided and not z.
                 if dtype == torch.float16:
                     g.div_(total)
@@ -563,14 +559,15 @@ class LinearCrossEntropy(torch.autograd.Function):
                 g_low = g.to(dtype)
                 scale = has_target / total  # (n, 1)
 
-                dz[rows] = (g_low @ weight_low) * scale
-                add_product(dweight, g_low.T, (z[rows] * scale).to(dtype))
+                if dz is not None:
+                    dz[rows] = (g_low @ weight_low) * scale
+
+                if dweight is not None:
+                    add_product(dweight, g_low.T, (z[rows] * scale).to(dtype))
 
         count = (y >= 0).sum().clamp(min=1)
-
-        if needs_gradient:
-            ctx.save_for_backward(dz, dweight, count)
-            ctx.dtypes = z.dtype, weight.dtype
+        ctx.save_for_backward(dz, dweight, count)
+        ctx.dtypes = z.dtype, weight.dtype
 
         return loss / count
 
@@ -580,8 +577,18 @@ class LinearCrossEntropy(torch.autograd.Function):
         dz, dweight, count = ctx.saved_tensors
         z_dtype, weight_dtype = ctx.dtypes
         scale = grad_output / count
+        dz = None if dz is None else (dz * scale).to(z_dtype)
+        dweight = None if dweight is None else dweight.mul_(scale).to(weight_dtype)
 
-        return (dz * scale).to(z_dtype), dweight.mul_(scale).to(weight_dtype), *[None] * 4
+        return dz, dweight, None, None, None, None
+
+
+def product_into(buffer: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Write left @ right to a float32 buffer; without a copy when the factors are float32 too."""
+    if left.dtype == buffer.dtype:
+        return torch.mm(left, right, out=buffer)
+
+    return buffer.copy_(left @ right)
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -3,8 +3,8 @@
 `python pre-train.py --preset=tiny` shows all of it in minutes on any machine.
 """
 
+import functools
 import math
-import secrets
 import shlex
 import sys
 from argparse import Namespace
@@ -13,52 +13,42 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from arguments import (
     Parser,
     add_device,
     add_flag,
+    add_optimizer,
     add_seed,
     dropout_float,
-    fail,
     non_negative_float,
     non_negative_int,
     positive_float,
     positive_int,
 )
-from checkpoint import (
-    FORMAT_VERSION,
-    CheckpointError,
-    best_path,
-    check_writable,
-    load_checkpoint,
-    previous_path,
-    save_checkpoint,
-    set_aside,
-)
 from data import EvaluationWindows, SampleStream, resolve_weights
 from model import GPT, check_sizes
 from preparation import Source, load_or_prepare, parse_source
+from session import (
+    Session,
+    begin,
+    check_paths,
+    check_resumable,
+    check_same_data,
+    is_finished,
+    run_script,
+)
 from token_files import TokenDataset
-from tokenizer import ENCODING, VOCABULARY_SIZE, DataError
+from tokenizer import VOCABULARY_SIZE
 from training import (
-    Interrupted,
-    MetricsFile,
     Schedule,
     Step,
-    StopSignal,
     Trainer,
-    TrainingError,
     build_optimizers,
-    check_processes,
     compile_model,
-    describe_row,
-    is_out_of_memory,
+    load_weights,
     matmul_rate,
     peak_memory,
-    resolve_device,
-    resolve_precision,
     time_steps,
 )
 
@@ -99,21 +89,6 @@ FIXED_FLAGS = (
     "gradient_accumulation_steps",
     "samples_per_epoch",
     "optimizer",
-)
-# All that a checkpoint has to hold to be resumed from.
-CHECKPOINT_KEYS = (
-    "model_args",
-    "model",
-    "optimizer",
-    "scaler",
-    "position",
-    "seed",
-    "precision",
-    "encoding",
-    "dataset",
-    "settings",
-    "metrics",
-    "epoch",
 )
 # What may change then, and is said.
 FREE_FLAGS = (
@@ -256,12 +231,7 @@ def add_recipe_arguments(parser: Parser) -> None:
         default=2145,
         help="The number of epochs to train for.",
     )
-    add(
-        "--optimizer",
-        choices=["adamw", "muon"],
-        default="muon",
-        help="The optimizer: adamw, or muon for the hidden matrices with adamw for the rest.",
-    )
+    add_optimizer(add)
     add(
         "--learning_rate",
         type=positive_float,
@@ -356,33 +326,7 @@ def add_run_arguments(parser: Parser) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args, given = build_parser().parse(argv, PRESETS)
-
-    try:
-        sources = check_arguments(args)
-        device = resolve_device(args.device if "device" in given else None)
-        check_processes(device)
-    except ValueError as error:
-        return fail(error, status=2)
-    except TrainingError as error:
-        return fail(error)
-
-    try:
-        return run(args, sources, device)
-    except (DataError, TrainingError, CheckpointError, OSError) as error:
-        return fail(error)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-
-        return fail(
-            f"{device} is out of memory; halve --batch_size and double"
-            " --gradient_accumulation_steps, or add --activation_checkpointing."
-        )
-    except Interrupted as interruption:
-        return 128 + interruption.number
-    except KeyboardInterrupt:
-        return 130
+    return run_script(build_parser(), PRESETS, argv, check_arguments, run)
 
 
 def check_arguments(args: Namespace) -> list[tuple[Source, float | None]]:
@@ -398,10 +342,7 @@ def check_arguments(args: Namespace) -> list[tuple[Source, float | None]]:
             f" {args.samples_per_epoch} given"
         )
 
-    paths = [Path(path).resolve() for path in (args.checkpoint_path, args.metrics_path)]
-
-    if paths[1] in (paths[0], previous_path(paths[0]), best_path(paths[0])):
-        raise ValueError("--metrics_path: this is the path of a checkpoint")
+    check_paths(args)
 
     if args.min_learning_rate > args.learning_rate:
         raise ValueError(
@@ -411,8 +352,12 @@ def check_arguments(args: Namespace) -> list[tuple[Source, float | None]]:
 
     try:
         # What a run writes below a folder of text is none of it.
-        written = [Path(args.dataset_path), *(path.parent for path in paths)]
-        sources = [parse_source(value, tuple(written)) for value in args.dataset]
+        written = (
+            Path(args.dataset_path),
+            Path(args.checkpoint_path).resolve().parent,
+            Path(args.metrics_path).resolve().parent,
+        )
+        sources = [parse_source(value, written) for value in args.dataset]
         resolve_weights([weight for _, weight in sources], [1] * len(sources))
     except ValueError as error:
         raise ValueError(f"--dataset: {error}") from None
@@ -424,30 +369,21 @@ def check_arguments(args: Namespace) -> list[tuple[Source, float | None]]:
 
 
 def run(args: Namespace, sources: list[tuple[Source, float | None]], device: torch.device) -> int:
-    path = Path(args.checkpoint_path)
-    checkpoint: dict = {}
-
-    if not args.dry_run:
-        check_writable(path)
-        check_writable(Path(args.metrics_path))
-
-    if args.resume:
-        checkpoint = load_checkpoint(path, CHECKPOINT_KEYS)
-
-    settle_choices(args, device, checkpoint)
+    checkpoint = begin(args, device, ("model_args", "model"), args.dry_run)
 
     if checkpoint:
-        check_resumable(args, checkpoint)
+        saved, wanted = checkpoint["model_args"], {**settings(args), **model_args(args)}
+        check_resumable(args, checkpoint, saved, wanted, FREE_FLAGS)
 
-        if len(checkpoint["metrics"]) >= args.num_epochs:
-            print(f"Nothing to do: all {args.num_epochs} epochs are done (--num_epochs).")
-            return 0
+    if is_finished(args, checkpoint):
+        return 0
 
     data = open_data(args, sources)
     trainer = build_trainer(args, device)
 
     if checkpoint:
         check_same_data(data.fingerprint, checkpoint["dataset"])
+        load_weights(trainer.model.state_dict(), checkpoint["model"])
         trainer.load_state_dict(checkpoint)
         checkpoint.clear()
 
@@ -457,62 +393,36 @@ def run(args: Namespace, sources: list[tuple[Source, float | None]], device: tor
     if args.dry_run:
         return estimate(args, trainer, data)
 
-    if not args.resume and (aside := set_aside(path, Path(args.metrics_path))):
-        print(f"Kept:   an earlier run, as {aside}")
+    status = build_session(args, trainer, data).run()
 
-    with StopSignal() as stop:
-        try:
-            train(args, trainer, data, stop)
-        except Interrupted as interruption:
-            save(args, trainer, data)
-            print(f"Stopped after update {trainer.step}; saved as {path}. --resume goes on there.")
-            return 128 + interruption.number
-        except TrainingError:
-            save(args, trainer, data)
-            raise
+    if status == 0:
+        conclude(args, trainer)
 
-    conclude(args, trainer)
-
-    return 0
+    return status
 
 
-def train(args: Namespace, trainer: Trainer, data: Data, stop: StopSignal) -> None:
-    """Run all epochs that are left, evaluating and saving at their intervals."""
-    # The loss of a single source is that of all.
-    columns = list(data.tests) if len(data.tests) > 1 else []
-    metrics = MetricsFile(Path(args.metrics_path), trainer.metrics, columns)
-    load_step = step_loader(args, data)
-    flops = trainer.model.flops_per_token(args.block_size)
+def build_session(args: Namespace, trainer: Trainer, data: Data) -> Session:
+    def content() -> dict:
+        return {
+            "model_args": model_args(args),
+            "model": trainer.model.state_dict(),
+            "dataset": data.fingerprint,
+            "settings": settings(args),
+        }
 
-    for epoch in range(len(trainer.metrics) + 1, args.num_epochs + 1):
-        is_last = epoch == args.num_epochs
-        losses = {}
-
-        trainer.train_epoch(load_step, epoch * steps_per_epoch(args), stop)
-
-        if epoch % args.eval_interval == 0 or is_last:
-            for name, windows in data.tests.items():
-                losses[name] = trainer.evaluate(windows.batches(args.batch_size), stop)
-
-        test_loss = data.mean_loss(losses) if losses else None
-        is_best = losses and test_loss < trainer.best_test_loss
-        by_source = {name: losses[name] for name in columns if losses}
-        row = trainer.finish_epoch(tokens_per_step(args), test_loss, flops, by_source)
-
-        metrics.add(row)
-        tqdm.write(describe_row(row, args.num_epochs))
-
-        if epoch % args.checkpoint_interval == 0 or is_best or is_last:
-            save(args, trainer, data, bool(is_best))
-
-
-def settle_choices(args: Namespace, device: torch.device, checkpoint: dict) -> None:
-    """Fill in what was left to us: as in the run that is resumed, else anew."""
-    if args.seed is None:
-        args.seed = checkpoint["seed"] if checkpoint else secrets.randbelow(2**31)
-
-    if args.precision == "auto":
-        args.precision = checkpoint["precision"] if checkpoint else resolve_precision(device)
+    return Session(
+        args,
+        trainer,
+        step_loader(args, data),
+        steps_per_epoch(args),
+        trainer.model.flops_per_token(args.block_size),
+        {
+            name: functools.partial(windows.batches, args.batch_size)
+            for name, windows in data.tests.items()
+        },
+        data.mean_loss,
+        content,
+    )
 
 
 def open_data(args: Namespace, sources: list[tuple[Source, float | None]]) -> Data:
@@ -553,18 +463,6 @@ def build_trainer(args: Namespace, device: torch.device) -> Trainer:
         args.max_gradient_norm,
         peak_rate=matmul_rate(device, args.precision),
     )
-
-
-def save(args: Namespace, trainer: Trainer, data: Data, is_best: bool = False) -> None:
-    state = {
-        "format_version": FORMAT_VERSION,
-        "model_args": model_args(args),
-        "encoding": ENCODING,
-        "dataset": data.fingerprint,
-        "settings": settings(args),
-        **trainer.state_dict(),
-    }
-    save_checkpoint(Path(args.checkpoint_path), state, is_best)
 
 
 def step_loader(args: Namespace, data: Data) -> Callable[[int], Step]:
@@ -614,42 +512,6 @@ def model_args(args: Namespace) -> dict:
 
 def settings(args: Namespace) -> dict:
     return {flag: getattr(args, flag) for flag in FIXED_FLAGS + FREE_FLAGS}
-
-
-def check_resumable(args: Namespace, checkpoint: dict) -> None:
-    """Refuse another model or another order of samples; say what else has changed.
-
-    Raises:
-        CheckpointError: with both values of everything that differs and may not.
-    """
-    saved = {**checkpoint["settings"], **checkpoint["model_args"], "seed": checkpoint["seed"]}
-    saved["encoding"] = checkpoint["encoding"]
-    wanted = {**settings(args), **model_args(args), "encoding": ENCODING, "seed": args.seed}
-
-    changes = {
-        name: f"{name} {saved[name]} (saved) and {value} (given)"
-        for name, value in wanted.items()
-        if name in saved and saved[name] != value
-    }
-    refused = [text for name, text in changes.items() if name not in FREE_FLAGS]
-
-    if refused:
-        raise CheckpointError(
-            f"{args.checkpoint_path} belongs to another run: {'; '.join(refused)}."
-            " Give the flags of that run, or leave out --resume to begin a new one."
-        )
-
-    for text in changes.values():
-        print(f"Changed: {text}")
-
-
-def check_same_data(found: list, saved: list) -> None:
-    """Raise CheckpointError when the token files are not those that the run began with."""
-    if found != saved:
-        raise CheckpointError(
-            f"The data changed since the checkpoint was saved: {saved} then, {found} now."
-            " Restore the files, or leave out --resume to begin a new run."
-        )
 
 
 def describe(args: Namespace, trainer: Trainer, data: Data, compiled: str) -> None:

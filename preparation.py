@@ -16,7 +16,6 @@ import json
 import math
 import multiprocessing
 import os
-import re
 import shutil
 import signal
 import threading
@@ -86,11 +85,8 @@ def parse_source(value: str, excluded: tuple[Path, ...] = ()) -> tuple[Source, f
     if os.path.exists(value):
         return TextFiles(Path(value), excluded), weight
 
-    # The Hub allows no two dashes in a row, so they can stand for what file names do not have.
-    match = re.fullmatch(r"(\w[\w.-]*/[\w.-]+)(?::([\w.-]+))?", value)
-
-    if match and "--" not in match[1]:
-        return HubDataset(match[1], match[2], name=re.sub("[/:]", "--", value)), weight
+    if dataset := HubDataset.parse(value):
+        return dataset, weight
 
     raise ValueError(
         f"{value or 'nothing'} is neither openwebtext, stdlib, a file or folder that is there,"

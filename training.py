@@ -171,7 +171,7 @@ def build_optimizers(
     }
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     hidden = [p for p in trained if p.ndim == 2 and id(p) not in embeddings]
-    optimizers = []
+    optimizers: list[torch.optim.Optimizer] = []
 
     if name == "muon":
         optimizers.append(
@@ -184,10 +184,12 @@ def build_optimizers(
         {"params": hidden + rest, "weight_decay": weight_decay},
         {"params": [p for p in trained if p.ndim != 2], "weight_decay": 0.0},
     ]
-    groups = [group for group in groups if group["params"]]
-    fused = device.type in ("cpu", "cuda")
 
-    return [*optimizers, torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=fused)]
+    if groups := [group for group in groups if group["params"]]:
+        fused = device.type in ("cpu", "cuda")
+        optimizers.append(torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=fused))
+
+    return optimizers
 
 
 @dataclass(frozen=True)
@@ -273,6 +275,7 @@ class Trainer:
     peak_rate: float
 
     step: int = 0
+    tokens: int = 0
     # One dictionary an epoch, as in the metrics file.
     metrics: list[dict] = field(default_factory=list)
     # Sums over the steps of the epoch that is under way.
@@ -305,7 +308,7 @@ class Trainer:
         description = f"Epoch {len(self.metrics) + 1}"
         steps = range(self.step, last_step)
         started = before = time.perf_counter()
-        num_tokens = 0
+        tokens_before = self.tokens
 
         with tqdm(steps, desc=description, unit="step", leave=False) as progress:
             for step in prefetch(load_step, steps, self.device):
@@ -319,8 +322,7 @@ class Trainer:
                 self.seconds += now - before
                 before = now
 
-                num_tokens += sum(x.numel() for _, x, _ in step)
-                rate = num_tokens / (now - started)
+                rate = (self.tokens - tokens_before) / (now - started)
                 progress.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s", refresh=False)
                 progress.update()
 
@@ -347,6 +349,7 @@ class Trainer:
 
         self.scaler.update()
         self.step += 1
+        self.tokens += sum(x.numel() for _, x, _ in step)
 
         return loss, norm
 
@@ -412,11 +415,7 @@ class Trainer:
         return total.item() / num_targets
 
     def finish_epoch(
-        self,
-        tokens_per_step: int,
-        test_loss: float | None,
-        flops: float,
-        source_losses: dict[str, float],
+        self, test_loss: float | None, flops: float, source_losses: dict[str, float]
     ) -> dict:
         """Close the epoch that is under way and return its row of the metrics file.
 
@@ -424,11 +423,12 @@ class Trainer:
             flops: the operations that training on one token takes.
             source_losses: the test losses that test_loss is the mean of, by source.
         """
-        rate = self.num_steps * tokens_per_step / self.seconds
+        last = self.metrics[-1] if self.metrics else {"tokens": 0, "seconds": 0.0}
+        rate = (self.tokens - last["tokens"]) / self.seconds
         row = {
             "epoch": len(self.metrics) + 1,
             "step": self.step,
-            "tokens": self.step * tokens_per_step,
+            "tokens": self.tokens,
             "train_loss": self.loss_sum / self.num_steps,
             "test_loss": test_loss,
             "perplexity": None if test_loss is None else math.exp(min(test_loss, 700.0)),
@@ -436,7 +436,7 @@ class Trainer:
             "learning_rate": self.schedule(self.step - 1),
             "tokens_per_second": rate,
             "mfu": rate * flops / self.peak_rate,
-            "seconds": self.seconds + (self.metrics[-1]["seconds"] if self.metrics else 0.0),
+            "seconds": self.seconds + last["seconds"],
             **{SOURCE_LOSS + name: loss for name, loss in source_losses.items()},
         }
 
@@ -453,7 +453,7 @@ class Trainer:
         return min(losses, default=math.inf)
 
     def state_dict(self) -> dict:
-        """Return all that a resumed run needs, as tensors, strings and plain numbers.
+        """Return all that a resumed run needs beside the weights: tensors, strings and numbers.
 
         Raises:
             TrainingError: when a weight is not finite, and so nothing that a run should resume.
@@ -465,10 +465,10 @@ class Trainer:
             )
 
         return {
-            "model": self.model.state_dict(),
             "optimizer": [optimizer.state_dict() for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict(),
             "position": self.step,
+            "tokens": self.tokens,
             "seed": self.seed,
             "precision": self.precision,
             "metrics": self.metrics,
@@ -479,14 +479,10 @@ class Trainer:
         """Go back to where state_dict was taken; state may live on any device.
 
         Raises:
-            TrainingError: when weights or optimizers are not those of this run.
+            TrainingError: when the optimizers are not those of this run.
         """
-        check_state(self.model.state_dict(), state["model"])
-
         if len(state["optimizer"]) != len(self.optimizers):
             raise TrainingError("The checkpoint comes from another --optimizer.")
-
-        self.model.load_state_dict(state["model"])
 
         for optimizer, optimizer_state in zip(self.optimizers, state["optimizer"], strict=True):
             # What is set by flags and by the device is that of this run.
@@ -500,6 +496,7 @@ class Trainer:
             self.scaler.load_state_dict(state["scaler"])
 
         self.step = state["position"]
+        self.tokens = state["tokens"]
         self.metrics = state["metrics"]
         self.loss_sum, self.norm_sum, self.num_steps, self.seconds = state["epoch"]
 
@@ -544,8 +541,13 @@ def prefetch(
             yield pending.result()
 
 
-def check_state(expected: dict[str, Tensor], given: dict[str, Tensor]) -> None:
-    """Raise TrainingError unless names and shapes of two sets of weights are the same."""
+@torch.no_grad()
+def load_weights(expected: dict[str, Tensor], given: dict[str, Tensor]) -> None:
+    """Copy weights over those of a model, which are all there, and no others.
+
+    Raises:
+        TrainingError: unless names and shapes of both are the same.
+    """
     missing = sorted(expected.keys() - given.keys())
     foreign = sorted(given.keys() - expected.keys())
 
@@ -562,9 +564,16 @@ def check_state(expected: dict[str, Tensor], given: dict[str, Tensor]) -> None:
                 f" {tuple(given[name].shape)}, {tuple(tensor.shape)} is needed."
             )
 
+    for name, tensor in expected.items():
+        tensor.copy_(given[name])
 
-def compile_model(model: nn.Module, device: torch.device) -> str:
-    """Compile a model in place if that works here; return what was chosen, for people."""
+
+def compile_model(model: nn.Module, device: torch.device, is_dynamic: bool = False) -> str:
+    """Compile a model in place if that works here; return what was chosen, for people.
+
+    Args:
+        is_dynamic: whether the shapes of micro-batches differ.
+    """
     probe = torch.compile(lambda x: torch.nn.functional.gelu(x + 1))
 
     try:
@@ -572,7 +581,7 @@ def compile_model(model: nn.Module, device: torch.device) -> str:
     except Exception as error:  # whatever a compiler that is missing or broken may raise
         return f"not compiled ({first_sentence(error)})"
 
-    model.compile(dynamic=False)
+    model.compile(dynamic=is_dynamic)
 
     return "compiled"
 

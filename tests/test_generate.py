@@ -15,7 +15,15 @@ import pytest
 import torch
 from conftest import ROOT
 
-from checkpoint import FORMAT_VERSION, build_model, fingerprint, load_checkpoint, save_checkpoint
+from checkpoint import (
+    FORMAT_VERSION,
+    build_model,
+    fingerprint,
+    load_checkpoint,
+    merge_lora_checkpoint,
+    save_checkpoint,
+)
+from lora import lora_shapes
 from model import GPT
 from tokenizer import END_OF_TEXT, encode, load_encoding
 
@@ -429,15 +437,12 @@ def test_names_that_wrappers_have_prefixed_are_understood(tmp_path, prefix):
 
 def write_lora(path: Path, checkpoint: dict, **changes) -> dict:
     generator = torch.Generator().manual_seed(1)
-    name = "blocks.0.attention.query_key_value"
+    shapes = lora_shapes(GPT(**checkpoint["model_args"]), rank=4)
     lora = {
         "format_version": FORMAT_VERSION,
         "lora_args": {"rank": 4, "alpha": 2.0},
         "base": fingerprint(checkpoint["model"]),
-        "lora": {
-            f"{name}.lora_a": torch.randn(4, 16, generator=generator),
-            f"{name}.lora_b": torch.randn(48, 4, generator=generator),
-        },
+        "lora": {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()},
         **changes,
     }
     save_checkpoint(path, lora)
@@ -460,18 +465,24 @@ def test_an_adapter_is_used_when_it_is_there(run, checkpoint, tmp_path):
 
 
 def test_an_adapter_adds_the_product_of_its_matrices(checkpoint, tmp_path):
-    from checkpoint import merge_lora
-
     base = load_checkpoint(checkpoint, ("model",))
     model = build_model(load_checkpoint(checkpoint, ("model",)), checkpoint)
     lora = write_lora(tmp_path / "lora.pt", base)
-    merge_lora(model, lora, tmp_path / "lora.pt")
-    name = "blocks.0.attention.query_key_value"
-    a, b = lora["lora"][f"{name}.lora_a"], lora["lora"][f"{name}.lora_b"]
+    merge_lora_checkpoint(model, lora, tmp_path / "lora.pt")
+    changed = set()
 
     for key, weight in model.state_dict().items():
-        expected = base["model"][key] + (2.0 * b @ a if key == f"{name}.weight" else 0)
+        expected = base["model"][key]
+        name = key.removesuffix(".weight")
+
+        if f"{name}.lora_a" in lora["lora"]:
+            product = lora["lora"][f"{name}.lora_b"] @ lora["lora"][f"{name}.lora_a"]
+            expected = expected + 2.0 * product
+            changed.add(name)
+
         torch.testing.assert_close(weight, expected, atol=1e-6, rtol=0)
+
+    assert len(changed) == 4 * len(model.blocks)
 
 
 def test_the_template_is_put_around_an_instruction(run, script, checkpoint, tmp_path, monkeypatch):

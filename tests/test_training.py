@@ -20,6 +20,7 @@ from training import (
     Trainer,
     TrainingError,
     build_optimizers,
+    load_weights,
     prefetch,
     random_seed,
     resolve_device,
@@ -311,6 +312,7 @@ def test_error_while_loading_is_not_lost():
 def test_state_goes_out_and_in(stop):
     trainer, other = make_trainer(), make_trainer()
     trainer.take_step(make_step(), stop)
+    load_weights(other.model.state_dict(), trainer.model.state_dict())
     other.load_state_dict(copy.deepcopy(trainer.state_dict()))
 
     for each in (trainer, other):
@@ -324,26 +326,41 @@ def test_state_goes_out_and_in(stop):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda state: state["model"].pop("table.bias"), r"missing table\.bias"),
-        (lambda state: state["model"].update(more=torch.zeros(1)), "unknown more"),
+        (lambda weights: weights.pop("table.bias"), r"missing table\.bias"),
+        (lambda weights: weights.update(more=torch.zeros(1)), "unknown more"),
         (
-            lambda state: state["model"].update({"table.bias": torch.zeros(4)}),
+            lambda weights: weights.update({"table.bias": torch.zeros(4)}),
             r"table\.bias has shape \(4,\), \(5,\) is needed",
         ),
-        (lambda state: state["optimizer"].append({}), "another --optimizer"),
     ],
 )
-def test_foreign_state_leaves_the_model_untouched(change, message):
-    trainer = make_trainer()
-    state = make_trainer().state_dict()
-    state["model"] = {name: tensor + 1 for name, tensor in state["model"].items()}
-    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
-    change(state)
+def test_foreign_weights_leave_the_model_untouched(change, message):
+    model = make_trainer().model
+    weights = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    change(weights)
 
     with pytest.raises(TrainingError, match=message):
-        trainer.load_state_dict(state)
+        load_weights(model.state_dict(), weights)
 
-    assert all(torch.equal(before[name], t) for name, t in trainer.model.state_dict().items())
+    assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+
+
+def test_weights_are_copied_by_name():
+    model = make_trainer().model
+    weights = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    load_weights(model.state_dict(), weights)
+
+    assert all(torch.equal(weights[name], t) for name, t in model.state_dict().items())
+
+
+def test_state_of_another_optimizer_is_refused():
+    trainer = make_trainer()
+    state = trainer.state_dict()
+    state["optimizer"].append({})
+
+    with pytest.raises(TrainingError, match="another --optimizer"):
+        trainer.load_state_dict(state)
 
 
 def test_device_that_is_not_there_is_refused(monkeypatch):

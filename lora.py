@@ -1,0 +1,124 @@
+"""Low-rank adaptation (Hu et al. 2021): a small trained addition to the frozen weights of a model.
+
+Every adapted weight W, (out, in), becomes W + alpha B A with A, (R, in), and B, (out, R). Alpha is
+the factor itself; libraries that divide by the rank R call R x alpha what is alpha here.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model import GPT, Linear
+
+
+class LoraLinear(Linear):
+    """A frozen linear layer and its adapter, (W + alpha B A) z, with dropout in front of A.
+
+    A is drawn and B is zero, so that at first the layer gives what the frozen one gives.
+
+    Args:
+        frozen: the layer that is adapted; its weight is taken over.
+        dtype: the format that this weight is kept in; what is multiplied in it anyway takes no
+            harm from it, and half the memory.
+    """
+
+    def __init__(
+        self, frozen: nn.Linear, rank: int, alpha: float, dropout: float, dtype: torch.dtype
+    ):
+        nn.Module.__init__(self)
+
+        self.in_features, self.out_features = frozen.in_features, frozen.out_features
+        self.weight = nn.Parameter(frozen.weight.to(dtype), requires_grad=False)
+        self.bias = frozen.bias
+        self.alpha = alpha
+        self.dropout = nn.Dropout(dropout)
+
+        # The adapter keeps float32, in whatever format the frozen weights are.
+        device = frozen.weight.device
+        self.lora_a = nn.Parameter(torch.empty(rank, self.in_features, device=device))
+        self.lora_b = nn.Parameter(torch.zeros(self.out_features, rank, device=device))
+        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
+
+    def forward(self, z: Tensor) -> Tensor:
+        low = F.linear(self.dropout(z), self.lora_a)  # (…, R)
+
+        return super().forward(z) + F.linear(low, self.alpha * self.lora_b)
+
+
+def add_lora(
+    model: GPT,
+    rank: int,
+    alpha: float,
+    dropout: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Freeze a model and give every linear layer of its blocks an adapter to train.
+
+    The frozen weights of these layers are kept in dtype.
+
+    The output layer gets none: it shares its weight with the token embeddings, which merging would
+    change as well.
+
+    Raises:
+        ValueError: when the rank is not between 1 and the width of the model.
+    """
+    check_rank(rank, model.token_embeddings.embedding_dim)
+    model.requires_grad_(False)
+
+    for name in linear_names(model):
+        parent, _, child = name.rpartition(".")
+        layer = LoraLinear(model.get_submodule(name), rank, alpha, dropout, dtype)
+        setattr(model.get_submodule(parent), child, layer)
+
+
+def linear_names(model: GPT) -> list[str]:
+    """Return the names of all linear layers; only blocks have any."""
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+
+
+def check_rank(rank: int, embedding_dimensions: int) -> None:
+    """Raise ValueError unless a rank is one that makes an adapter smaller than the weight."""
+    if not 1 <= rank <= embedding_dimensions:
+        raise ValueError(
+            f"The rank must be from 1 to {embedding_dimensions}, the dimensions of the model;"
+            f" {rank} given."
+        )
+
+
+def lora_state_dict(model: GPT) -> dict[str, Tensor]:
+    """Return the adapter's weights, by layer and `.lora_a` or `.lora_b`: all that is trained."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def lora_shapes(model: GPT, rank: int) -> dict[str, tuple[int, int]]:
+    """Return the shapes that the adapter of a model has, by the names of lora_state_dict."""
+    shapes = {}
+
+    for name in linear_names(model):
+        rows, columns = model.get_submodule(name).weight.shape
+        shapes |= {f"{name}.lora_a": (rank, columns), f"{name}.lora_b": (rows, rank)}
+
+    return shapes
+
+
+@torch.no_grad()
+def merge_lora(model: GPT, adapter: dict[str, Tensor], alpha: float) -> None:
+    """Add alpha B A to the weights of a model, in place; with -alpha, take it off again.
+
+    Args:
+        adapter: as lora_state_dict gives it.
+
+    Raises:
+        ValueError: when it is not exactly an adapter of this model.
+    """
+    rank = next((len(a) for name, a in adapter.items() if name.endswith(".lora_a")), 0)
+
+    if {name: tuple(weight.shape) for name, weight in adapter.items()} != lora_shapes(model, rank):
+        raise ValueError("The adapter has other layers or shapes than the model.")
+
+    for name in linear_names(model):
+        weight = model.get_submodule(name).weight
+        product = adapter[f"{name}.lora_b"].float() @ adapter[f"{name}.lora_a"].float()
+        weight.add_(product.to(weight), alpha=alpha)

@@ -1,0 +1,286 @@
+"""A run of a training script, from its flags to its files: what pre-training and fine-tuning share.
+
+begin -> Session.train, epoch by epoch -> saved at intervals, at a signal, and at the end
+"""
+
+import secrets
+from argparse import Namespace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from torch import Tensor
+from tqdm import tqdm
+
+from arguments import Parser, UsageError, fail
+from checkpoint import (
+    FORMAT_VERSION,
+    CheckpointError,
+    best_path,
+    check_writable,
+    load_checkpoint,
+    previous_path,
+    save_checkpoint,
+    set_aside,
+)
+from tokenizer import ENCODING, DataError
+from training import (
+    Interrupted,
+    MetricsFile,
+    Step,
+    StopSignal,
+    Trainer,
+    TrainingError,
+    check_processes,
+    describe_row,
+    is_out_of_memory,
+    resolve_device,
+    resolve_precision,
+)
+
+T = TypeVar("T")
+
+# What the checkpoint of any run holds: the script's own keys come on top.
+SHARED_KEYS = (
+    "optimizer",
+    "scaler",
+    "position",
+    "tokens",
+    "seed",
+    "precision",
+    "encoding",
+    "dataset",
+    "settings",
+    "metrics",
+    "epoch",
+)
+
+# Yields the micro-batches of a test: token ids and targets, int64 (B, T).
+Test = Callable[[], Iterable[tuple[Tensor, Tensor]]]
+
+
+@dataclass
+class Session:
+    """A run that is ready to go.
+
+    Args:
+        load_step: returns the micro-batches of an update by its number.
+        steps_per_epoch: updates.
+        flops_per_token: operations.
+        tests: by the name of their source.
+        mean_loss: the mean of the losses of all tests.
+        content: what its checkpoints hold, beside the state of the trainer.
+    """
+
+    args: Namespace
+    trainer: Trainer
+    load_step: Callable[[int], Step]
+    steps_per_epoch: int
+    flops_per_token: float
+    tests: dict[str, Test]
+    mean_loss: Callable[[dict[str, float]], float]
+    content: Callable[[], dict]
+
+    @property
+    def path(self) -> Path:
+        return Path(self.args.checkpoint_path)
+
+    def run(self) -> int:
+        """Train up to the last epoch, or a signal; return the exit status."""
+        args, trainer = self.args, self.trainer
+
+        if not args.resume and (aside := set_aside(self.path, Path(args.metrics_path))):
+            print(f"Kept:   an earlier run, as {aside}")
+
+        with StopSignal() as stop:
+            try:
+                self.train(stop)
+            except Interrupted as interruption:
+                self.save()
+                print(
+                    f"Stopped after update {trainer.step}; saved as {self.path}."
+                    " --resume goes on there."
+                )
+                return 128 + interruption.number
+            except TrainingError:
+                self.save()
+                raise
+
+        return 0
+
+    def train(self, stop: StopSignal) -> None:
+        """Run all epochs that are left, evaluating and saving at their intervals."""
+        args, trainer = self.args, self.trainer
+        # The loss of a single source is that of all.
+        columns = list(self.tests) if len(self.tests) > 1 else []
+        metrics = MetricsFile(Path(args.metrics_path), trainer.metrics, columns)
+
+        for epoch in range(len(trainer.metrics) + 1, args.num_epochs + 1):
+            is_last = epoch == args.num_epochs
+            losses = {}
+
+            trainer.train_epoch(self.load_step, epoch * self.steps_per_epoch, stop)
+
+            if epoch % args.eval_interval == 0 or is_last:
+                losses = self.evaluate(stop)
+
+            test_loss = self.mean_loss(losses) if losses else None
+            is_best = losses and test_loss < trainer.best_test_loss
+            by_source = {name: losses[name] for name in columns if losses}
+            row = trainer.finish_epoch(test_loss, self.flops_per_token, by_source)
+
+            metrics.add(row)
+            tqdm.write(describe_row(row, args.num_epochs))
+
+            if epoch % args.checkpoint_interval == 0 or is_best or is_last:
+                self.save(bool(is_best))
+
+    def evaluate(self, stop: StopSignal) -> dict[str, float]:
+        return {name: self.trainer.evaluate(test(), stop) for name, test in self.tests.items()}
+
+    def save(self, is_best: bool = False) -> None:
+        state = {
+            "format_version": FORMAT_VERSION,
+            "encoding": ENCODING,
+            **self.content(),
+            **self.trainer.state_dict(),
+        }
+        save_checkpoint(self.path, state, is_best)
+
+
+def run_script(
+    parser: Parser,
+    presets: dict[str, dict],
+    argv: list[str] | None,
+    check: Callable[[Namespace], T],
+    run: Callable[..., int],
+) -> int:
+    """Read the command line and do what it says; answer what goes wrong in one line.
+
+    Args:
+        check: looks at the arguments together, and raises ValueError where they do not fit.
+        run: takes the arguments, what check returned, and the device; returns the exit status.
+    """
+    args, given = parser.parse(argv, presets)
+
+    try:
+        checked = check(args)
+        device = resolve_device(args.device if "device" in given else None)
+        check_processes(device)
+    except ValueError as error:
+        return fail(error, status=2)
+    except TrainingError as error:
+        return fail(error)
+
+    try:
+        return run(args, checked, device)
+    except UsageError as error:
+        return fail(error, status=2)
+    except (DataError, TrainingError, CheckpointError, OSError) as error:
+        return fail(error)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+
+        cure = ", or add --activation_checkpointing" if "activation_checkpointing" in args else ""
+
+        return fail(
+            f"{device} is out of memory; halve --batch_size and double"
+            f" --gradient_accumulation_steps{cure}."
+        )
+    except Interrupted as interruption:
+        return 128 + interruption.number
+    except KeyboardInterrupt:
+        return 130
+
+
+def check_paths(args: Namespace) -> None:
+    """Raise ValueError when the metrics would be written over a checkpoint."""
+    path = Path(args.checkpoint_path).resolve()
+
+    if Path(args.metrics_path).resolve() in (path, previous_path(path), best_path(path)):
+        raise ValueError("--metrics_path: this is the path of a checkpoint")
+
+
+def begin(args: Namespace, device, keys: tuple[str, ...], is_dry: bool = False) -> dict:
+    """Prove that files can be written, read the checkpoint to go on from, and settle open choices.
+
+    Args:
+        keys: what the checkpoint has to hold beside SHARED_KEYS.
+        is_dry: whether nothing is going to be written.
+
+    Returns:
+        The checkpoint; empty for a run that begins.
+    """
+    path = Path(args.checkpoint_path)
+
+    if not is_dry:
+        check_writable(path)
+        check_writable(Path(args.metrics_path))
+
+    checkpoint = load_checkpoint(path, (*keys, *SHARED_KEYS)) if args.resume else {}
+
+    if args.seed is None:
+        args.seed = checkpoint["seed"] if checkpoint else secrets.randbelow(2**31)
+
+    if args.precision == "auto":
+        args.precision = checkpoint["precision"] if checkpoint else resolve_precision(device)
+
+    return checkpoint
+
+
+def check_resumable(
+    args: Namespace, checkpoint: dict, saved: dict, wanted: dict, free: Iterable[str]
+) -> None:
+    """Refuse to go on with what cannot change; say what else has changed.
+
+    Args:
+        saved: by the names of flags, what the checkpoint was made with, beside its settings.
+        wanted: what this run is to have.
+        free: the flags that may change.
+
+    Raises:
+        CheckpointError: with both values of everything that differs and may not.
+    """
+    saved = {
+        **checkpoint["settings"],
+        **saved,
+        "encoding": checkpoint["encoding"],
+        "seed": checkpoint["seed"],
+    }
+    wanted = {**wanted, "encoding": ENCODING, "seed": args.seed}
+    changes = {
+        name: f"{name} {saved[name]} (saved) and {value} (given)"
+        for name, value in wanted.items()
+        if name in saved and saved[name] != value
+    }
+    refused = [text for name, text in changes.items() if name not in free]
+
+    if refused:
+        raise CheckpointError(
+            f"{args.checkpoint_path} belongs to another run: {'; '.join(refused)}."
+            " Give the flags of that run, or leave out --resume to begin a new one."
+        )
+
+    for text in changes.values():
+        print(f"Changed: {text}")
+
+
+def is_finished(args: Namespace, checkpoint: dict) -> bool:
+    """Tell whether a resumed run has no epoch left, and say so."""
+    if not checkpoint or len(checkpoint["metrics"]) < args.num_epochs:
+        return False
+
+    print(f"Nothing to do: all {args.num_epochs} epochs are done (--num_epochs).")
+
+    return True
+
+
+def check_same_data(found: list, saved: list) -> None:
+    """Raise CheckpointError when the data are not those that the run began with."""
+    if found != saved:
+        raise CheckpointError(
+            f"The data changed since the checkpoint was saved: {saved} then, {found} now."
+            " Restore the files, or leave out --resume to begin a new run."
+        )
