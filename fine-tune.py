@@ -216,7 +216,7 @@ def check_arguments(args: Namespace) -> RowSource:
 
 
 def run(args: Namespace, source: RowSource, device: torch.device) -> int:
-    checkpoint = begin(args, device, ("lora_args", "lora", "base"))
+    checkpoint = begin(args, device, ("lora_args", "lora", "base", "base_test_loss"))
     base_path = Path(args.base_model_path)
     base = load_checkpoint(base_path, ("model_args", "model", "encoding"))
 
@@ -241,25 +241,29 @@ def run(args: Namespace, source: RowSource, device: torch.device) -> int:
     trainer = build_trainer(args, model, device, len(examples.train))
     batches = InstructionBatches(examples.train, args.batch_size, model.block_size, args.seed)
 
+    # What the checkpoint says of the base.
+    base_state = {"base": base_fingerprint}
+
     if checkpoint:
         check_same_data([examples.fingerprint], checkpoint["dataset"])
         load_weights(lora_state_dict(model), checkpoint["lora"])
         trainer.load_state_dict(checkpoint)
+        base_state["base_test_loss"] = checkpoint["base_test_loss"]
         checkpoint.clear()
 
     compiled = compile_model(model, device, is_dynamic=True) if args.compile else "not compiled"
     describe(args, trainer, examples, batches, compiled)
 
-    session = build_session(args, trainer, examples, batches, base_fingerprint)
+    session = build_session(args, trainer, examples, batches, base_state)
 
-    if not trainer.step:
+    if "base_test_loss" not in base_state:
         with StopSignal() as stop:
-            trainer.first_test_loss = session.mean_loss(session.evaluate(stop))
+            base_state["base_test_loss"] = session.mean_loss(session.evaluate(stop))
 
     status = session.run()
 
     if status == 0:
-        conclude(args, trainer)
+        conclude(args, trainer, base_state["base_test_loss"])
 
     return status
 
@@ -312,7 +316,7 @@ def build_session(
     trainer: Trainer,
     examples: Examples,
     batches: InstructionBatches,
-    base_fingerprint: str,
+    base_state: dict,
 ) -> Session:
     model = trainer.model
 
@@ -320,7 +324,7 @@ def build_session(
         return {
             "lora_args": {"rank": args.rank, "alpha": args.alpha},
             "lora": lora_state_dict(model),
-            "base": base_fingerprint,
+            **base_state,
             "dataset": [examples.fingerprint],
             "settings": settings(args),
         }
@@ -378,7 +382,7 @@ def describe(
         print(f"Resume: epoch {len(trainer.metrics) + 1}, update {trainer.step}")
 
 
-def conclude(args: Namespace, trainer: Trainer) -> None:
+def conclude(args: Namespace, trainer: Trainer, before: float) -> None:
     """Say what was learned, and which command comes next."""
     row = trainer.metrics[-1]
     speak = ["generate.py"]
@@ -395,7 +399,7 @@ def conclude(args: Namespace, trainer: Trainer) -> None:
 
     print(
         f"Done:   {row['tokens']:,} tokens in {row['seconds'] / 60:.1f} minutes. Test loss"
-        f" {row['test_loss']:.3f} nats a token of the answers, from {trainer.first_test_loss:.3f}."
+        f" {row['test_loss']:.3f} nats a token of the answers, from {before:.3f}."
     )
     print(f"Files:  {args.checkpoint_path}, {args.metrics_path}")
     print(f"Next:   python {shlex.join(speak)}")

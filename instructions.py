@@ -1,6 +1,7 @@
 """Instructions and answers: the forms of rows, and how a model is shown them."""
 
 import json
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -40,10 +41,14 @@ class Example(NamedTuple):
 
 def format_prompt(instruction: str, input_: str = "") -> str:
     """Return what stands in front of an answer."""
-    # By replacing and not by formatting: an instruction may hold braces.
-    template = WITH_INPUT.replace("{input}", input_) if input_ else WITHOUT_INPUT
+    return fill(WITH_INPUT if input_ else WITHOUT_INPUT, instruction, input_)
 
-    return template.replace("{instruction}", instruction)
+
+def fill(template: str, instruction: str, input_: str = "") -> str:
+    """Put texts into a template; braces in them are text like any other."""
+    values = {"{instruction}": instruction, "{input}": input_}
+
+    return re.sub(r"{instruction}|{input}", lambda match: values[match[0]], template)
 
 
 def turns_of(row: object) -> list[Turn]:
@@ -100,12 +105,13 @@ def turns_of_messages(messages: object) -> list[Turn]:
 
 
 def format_turn(instruction: str, introduction: str, number: int) -> str:
-    template = LATER_TURN
+    if number:
+        return fill(LATER_TURN, instruction)
 
-    if not number:
-        template = introduction + LATER_TURN if introduction else WITHOUT_INPUT
+    if introduction:
+        return introduction + fill(LATER_TURN, instruction)
 
-    return template.replace("{instruction}", instruction)
+    return format_prompt(instruction)
 
 
 def text_of(row: dict, name: str) -> str:

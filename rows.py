@@ -114,7 +114,7 @@ def parse_row_source(value: str) -> RowSource:
     if path.is_file() and kind_of_rows(path.name):
         return RowFile(path)
 
-    if path.exists():
+    if value and path.exists():
         raise ValueError(f"{value} is no .json, .jsonl, .csv or .parquet file")
 
     if dataset := HubDataset.parse(value):
@@ -276,13 +276,14 @@ def load_examples(source: RowSource, block_size: int, mask_input: bool) -> Examp
 
         example = encode_turns(turns, block_size, mask_input)
 
-        if len(example.tokens) > block_size and example.tokens[-1] != END_OF_TEXT:
-            cut.append(place)
-
         if not has_answer(turns, example):
             unanswered.append(place)
-        else:
-            kept.append((place_hash(place), example))
+            continue
+
+        if example.tokens[-1] != END_OF_TEXT:
+            cut.append(place)
+
+        kept.append((place_hash(place), example))
 
     notes = [
         *note(malformed, "are malformed and left out"),

@@ -74,6 +74,11 @@ def pre_train():
     return importlib.import_module("pre-train")
 
 
+@pytest.fixture(scope="session")
+def fine_tune():
+    return importlib.import_module("fine-tune")
+
+
 @pytest.fixture
 def error_of(pre_train, capsys):
     """Return a function that runs a command line which fails, and checks how it tells it.
@@ -81,9 +86,9 @@ def error_of(pre_train, capsys):
     Gives the exit status and the only line on standard error.
     """
 
-    def run(argv: list[str]) -> tuple[int, str]:
+    def run(argv: list[str], script=pre_train) -> tuple[int, str]:
         try:
-            status = pre_train.main(argv)
+            status = script.main(argv)
         except SystemExit as exit_:
             status = exit_.code
 
@@ -101,13 +106,17 @@ PROLOGUE = f"""
 import importlib, os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 import checkpoint, data, training
-script = importlib.import_module("pre-train")
 """
 
 
-def launch(argv: list[str], patch: str = "", env: dict | None = None) -> subprocess.Popen:
-    """Start pre-train.py in a process of its own, after Python statements that inject a fault."""
-    code = f"{PROLOGUE}\n{patch}\nif __name__ == '__main__': sys.exit(script.main({argv!r}))"
+def launch(
+    argv: list[str], patch: str = "", env: dict | None = None, script: str = "pre-train"
+) -> subprocess.Popen:
+    """Start a script in a process of its own, after Python statements that inject a fault."""
+    code = (
+        f"{PROLOGUE}\nscript = importlib.import_module({script!r})\n{patch}\n"
+        f"if __name__ == '__main__': sys.exit(script.main({argv!r}))"
+    )
 
     return subprocess.Popen(
         [sys.executable, "-c", code],
@@ -129,10 +138,11 @@ def assert_same_run(left: Path, right: Path) -> None:
     """Compare two checkpoints in all that decides how a run goes on, bit for bit."""
     left, right = (torch.load(path, weights_only=True) for path in (left, right))
 
-    for key in ("position", "seed", "model_args", "scaler", "precision"):
-        assert left[key] == right[key], key
+    for key in ("position", "tokens", "seed", "model_args", "lora_args", "scaler", "precision"):
+        assert left.get(key) == right.get(key), key
 
-    assert_same(left["model"], right["model"])
+    assert_same(left.get("model"), right.get("model"))
+    assert_same(left.get("lora"), right.get("lora"))
     assert_same(left["optimizer"], right["optimizer"])
 
     for row, other in zip(left["metrics"], right["metrics"], strict=True):

@@ -25,6 +25,13 @@ def parquet(texts: list[str | None], column: str = "text", **options) -> bytes:
     return buffer.getvalue()
 
 
+def parquet_rows(rows: list[dict]) -> bytes:
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), buffer)
+
+    return buffer.getvalue()
+
+
 @contextmanager
 def serve(
     repository: str,

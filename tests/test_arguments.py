@@ -29,7 +29,7 @@ def readme_table(script: str) -> dict[str, tuple[str, str, str]]:
     return {flag: (default, kind, text.replace("`", "")) for flag, default, kind, text in rows}
 
 
-@pytest.mark.parametrize("script", ["pre-train", "generate"])
+@pytest.mark.parametrize("script", ["pre-train", "fine-tune", "generate"])
 def test_readme_has_the_arguments_of_the_parser(script):
     parser = importlib.import_module(script).build_parser()
     actions = [a for a in parser._actions if a.dest != "help"]
@@ -62,6 +62,27 @@ def test_defaults_of_the_seed_are_kept(pre_train):
         "checkpoint_path": "./out/checkpoint.pt",
         "dataset_path": "./dataset",
         "num_dataset_processes": 8,
+        "resume": False,
+        "device": "cuda",
+        "seed": None,
+    }
+
+    assert {name: defaults[name] for name in seed} == seed
+
+
+def test_defaults_of_the_seed_are_kept_in_fine_tuning(fine_tune):
+    defaults = vars(fine_tune.build_parser().parse([], fine_tune.PRESETS)[0])
+    seed = {
+        "base_model_path": "./out/checkpoint.pt",
+        "batch_size": 4,
+        "mask_input": True,
+        "gradient_accumulation_steps": 32,
+        "learning_rate": 5e-4,
+        "rank": 8,
+        "alpha": 2.0,
+        "num_epochs": 4,
+        "eval_interval": 1,
+        "checkpoint_interval": 1,
         "resume": False,
         "device": "cuda",
         "seed": None,

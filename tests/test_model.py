@@ -340,3 +340,43 @@ def test_flops_of_gpt2():
         model = GPT(50257, 1024, 768, 12, 12)
 
     assert model.flops_per_token(1024) == pytest.approx(0.855e9, rel=0.01)
+
+
+def test_compiled_without_a_break(model, batch):
+    """The compiler gives up on nothing in a block, in training or testing."""
+    x, y = batch
+    expected = model(x, y)
+    model.compile(dynamic=False, fullgraph=True, backend="aot_eager")
+
+    model(x, y).backward()
+    torch.testing.assert_close(model(x, y), expected)
+
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x, y), expected)
+
+
+@pytest.mark.parametrize("frozen", ["weight", "states"])
+def test_loss_gives_gradients_to_what_wants_them(frozen):
+    torch.manual_seed(0)
+    z, weight = torch.randn(2, 150, 8), torch.randn(128, 8)
+    y = torch.randint(100, (2, 150))
+    y[:, ::3] = -100
+    wanted = z if frozen == "weight" else weight
+    wanted.requires_grad_()
+    expected = torch.nn.functional.cross_entropy(
+        (z @ weight.T)[..., :100].flatten(0, 1), y.flatten()
+    )
+    (expected_gradient,) = torch.autograd.grad(expected, wanted)
+    loss = linear_cross_entropy(z, weight, y, 100)
+    (gradient,) = torch.autograd.grad(loss, wanted)
+
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(gradient, expected_gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_frozen_weights_need_fewer_operations(model):
+    trained = model.flops_per_token(32)
+    model.requires_grad_(False)
+    attention = 12 * 3 * 32 * 48
+
+    assert (trained - attention) * 4 == (model.flops_per_token(32) - attention) * 6

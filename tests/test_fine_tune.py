@@ -1,0 +1,414 @@
+"""Whole runs of fine-tune.py: what a user does, and what happens to them."""
+
+import csv
+import hashlib
+import importlib
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import assert_same_run, finish, launch
+from hub_server import parquet_rows, serve
+from test_pre_train import KILL_AT, SIGNAL_AT, read
+
+from checkpoint import build_model, load_checkpoint, save_checkpoint
+
+NUM_ROWS = 45
+
+
+@pytest.fixture(scope="session")
+def base_path(tmp_path_factory):
+    """A checkpoint as pre-training writes it, with nothing but what fine-tuning reads."""
+    from model import GPT
+
+    path = tmp_path_factory.mktemp("base") / "checkpoint.pt"
+    sizes = {
+        "vocabulary_size": 50257,
+        "block_size": 64,
+        "embedding_dimensions": 16,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 2,
+        "bias": False,
+    }
+    torch.manual_seed(0)
+    state = {
+        "format_version": 1,
+        "encoding": "r50k_base",
+        "model_args": sizes,
+        "model": GPT(**sizes).state_dict(),
+    }
+    save_checkpoint(path, state)
+
+    return path
+
+
+@pytest.fixture(scope="session")
+def rows_path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    rows = [
+        {
+            "instruction": f"Count to {n}.",
+            "input": "",
+            "output": " ".join(map(str, range(n % 9 + 1))),
+        }
+        for n in range(NUM_ROWS)
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+
+    return path
+
+
+@pytest.fixture
+def small(base_path, rows_path, tmp_path):
+    """Return a function that builds the command line of a run of seconds: 3 epochs of 6 updates."""
+
+    def build(*extra: str, out: Path = tmp_path, dataset: Path | str = rows_path) -> list[str]:
+        return [
+            f"--base_model_path={base_path}",
+            f"--dataset={dataset}",
+            f"--checkpoint_path={out / 'lora.pt'}",
+            f"--metrics_path={out / 'metrics.csv'}",
+            "--rank=4",
+            "--batch_size=2",
+            "--gradient_accumulation_steps=4",
+            "--num_epochs=3",
+            "--learning_rate=0.01",
+            "--device=cpu",
+            "--precision=fp32",
+            "--compile=False",
+            "--seed=7",
+            *extra,
+        ]
+
+    return build
+
+
+@pytest.fixture
+def folders(tmp_path):
+    for name in ("left", "right"):
+        (tmp_path / name).mkdir()
+
+    return tmp_path / "left", tmp_path / "right"
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_run_learns_and_leaves_the_base_alone(fine_tune, small, base_path, tmp_path, capsys):
+    before = digest(base_path)
+
+    assert fine_tune.main(small("--num_epochs=4")) == 0
+
+    output = capsys.readouterr().out
+    state = read(tmp_path / "lora.pt")
+    first = float(output.split("from ")[-1].split(".\n")[0])
+
+    with open(tmp_path / "metrics.csv") as file:
+        losses = [float(row["test_loss"]) for row in csv.DictReader(file)]
+
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0] < first
+    assert digest(base_path) == before
+    assert state["lora_args"] == {"rank": 4, "alpha": 2.0}
+    assert set(state["lora"]) == {
+        f"blocks.{number}.{layer}.lora_{matrix}"
+        for number in range(2)
+        for layer in ("attention.query_key_value", "attention.output", "mlp.hidden", "mlp.output")
+        for matrix in "ab"
+    }
+    assert not {"model", "model_args"} & state.keys()
+    # Kept for each weight of the adapter, and for nothing else.
+    moments = [m for o in state["optimizer"] for s in o["state"].values() for m in s.values()]
+    num_trained = sum(weight.numel() for weight in state["lora"].values())
+    assert sum(m.numel() for m in moments if torch.is_tensor(m) and m.ndim) == num_trained
+    assert "Next:   python generate.py" in output
+
+
+def test_what_was_saved_is_what_was_tested(fine_tune, small, base_path, rows_path, tmp_path):
+    """The base with the adapter merged has, by plain cross entropy, the loss that was written."""
+    from checkpoint import merge_lora_checkpoint
+    from data import IGNORE_INDEX, ordered_batches
+    from rows import RowFile, load_examples
+
+    fine_tune.main(small())
+    model = build_model(load_checkpoint(base_path, ("model",)), base_path)
+    state = load_checkpoint(tmp_path / "lora.pt", ("lora",))
+    merge_lora_checkpoint(model, state, tmp_path / "lora.pt")
+    total = count = 0
+
+    for x, y in ordered_batches(load_examples(RowFile(rows_path), 64, True).test, 1, 64):
+        logits = model(x)
+        total += torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), y.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+        ).item()
+        count += int((y != IGNORE_INDEX).sum())
+
+    assert abs(total / count - state["metrics"][-1]["test_loss"]) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--dropout=0.1"],
+        ["--dropout=0.1", "--precision=bf16", "--optimizer=adamw"],
+        ["--dropout=0.1", "--compile=True"],
+    ],
+    ids=["fp32", "bf16", "compiled"],
+)
+def test_killed_twice_and_resumed_it_ends_as_if_nothing_had_happened(
+    fine_tune, small, folders, flags
+):
+    """Killed in the middle of an epoch, then at the boundary of one."""
+    undisturbed, killed = folders
+    fine_tune.main(small(*flags, out=undisturbed))
+    argv = small(*flags, out=killed)
+
+    for extra, step in (([], 8), (["--resume"], 12)):
+        process = launch([*argv, *extra], KILL_AT.format(step), script="fine-tune")
+        status, _, errors = finish(process)
+        assert status == -signal.SIGKILL, errors
+
+    assert read(killed / "lora.pt")["position"] == 12
+    assert fine_tune.main([*argv, "--resume"]) == 0
+    assert_same_run(undisturbed / "lora.pt", killed / "lora.pt")
+
+
+def test_signal_saves_and_loses_no_update(fine_tune, small, folders):
+    undisturbed, stopped = folders
+    fine_tune.main(small(out=undisturbed))
+    argv = small(out=stopped)
+    patch = SIGNAL_AT.format(7, [int(signal.SIGTERM)])
+    status, output, _ = finish(launch(argv, patch, script="fine-tune"))
+
+    assert status == 143
+    assert "Stopped after update 7" in output
+    assert fine_tune.main([*argv, "--resume"]) == 0
+    assert_same_run(undisturbed / "lora.pt", stopped / "lora.pt")
+
+    of_the_base = [read(folder / "lora.pt")["base_test_loss"] for folder in folders]
+    assert of_the_base[0] == of_the_base[1]
+
+
+def test_an_epoch_ends_with_the_batches_that_are_left(fine_tune, small, tmp_path, capsys):
+    fine_tune.main(small("--batch_size=3", "--gradient_accumulation_steps=5", "--num_epochs=2"))
+    num_train = int(capsys.readouterr().out.split(", ")[1].split(" rows")[0])
+
+    assert read(tmp_path / "lora.pt")["position"] == 2 * -(-num_train // 15)
+
+
+def test_accumulation_and_batch_size_are_one_product(fine_tune, small, folders):
+    """The mean is over the tokens of a step, however they are spread over batches."""
+    left, right = folders
+    # One update, so that both have the same rows in it.
+    flags = ["--num_epochs=1", "--dropout=0"]
+    fine_tune.main(small("--batch_size=50", "--gradient_accumulation_steps=1", *flags, out=left))
+    fine_tune.main(small("--batch_size=1", "--gradient_accumulation_steps=50", *flags, out=right))
+    row, other = (read(folder / "lora.pt")["metrics"][0] for folder in folders)
+
+    assert abs(row["train_loss"] - other["train_loss"]) < 1e-5
+    assert abs(row["gradient_norm"] / other["gradient_norm"] - 1) < 1e-4
+
+
+def test_other_data_cannot_be_resumed(fine_tune, small, rows_path, tmp_path, error_of):
+    fine_tune.main(small("--num_epochs=1"))
+    other = tmp_path / "other.jsonl"
+    other.write_text(rows_path.read_text().replace("Count", "Go"))
+
+    assert error_of([*small(dataset=other), "--resume"], fine_tune)[0] == 1
+    assert "The data changed" in error_of([*small(dataset=other), "--resume"], fine_tune)[1]
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--rank=3", "rank 4 (saved) and 3 (given)"),
+        ("--alpha=1", "alpha 2.0 (saved) and 1.0 (given)"),
+        ("--mask_input=False", "mask_input True (saved) and False (given)"),
+        ("--batch_size=4", "batch_size 2 (saved) and 4 (given)"),
+        ("--seed=8", "seed 7 (saved) and 8 (given)"),
+    ],
+)
+def test_another_run_cannot_be_resumed(fine_tune, small, error_of, flag, message):
+    fine_tune.main(small("--num_epochs=1"))
+    status, error = error_of([*small(flag), "--resume"], fine_tune)
+
+    assert status == 1
+    assert message in error
+
+
+def test_an_adapter_of_another_base_cannot_be_resumed(
+    fine_tune, small, base_path, tmp_path, error_of
+):
+    fine_tune.main(small("--num_epochs=1"))
+    state = read(base_path)
+    state["model"]["norm.weight"] += 1
+    save_checkpoint(tmp_path / "base.pt", state)
+    argv = [*small(f"--base_model_path={tmp_path / 'base.pt'}"), "--resume"]
+    status, error = error_of(argv, fine_tune)
+
+    assert status == 1
+    assert "was trained on another base model" in error
+
+
+def test_what_is_no_adapter_cannot_be_resumed(fine_tune, small, base_path, tmp_path, error_of):
+    (tmp_path / "lora.pt").write_bytes(base_path.read_bytes())
+    status, error = error_of([*small(), "--resume"], fine_tune)
+
+    assert status == 1
+    assert "it has no lora_args, lora, base, base_test_loss" in error
+
+
+def test_nothing_to_do(fine_tune, small, tmp_path, capsys):
+    fine_tune.main(small())
+    before = digest(tmp_path / "lora.pt")
+
+    assert fine_tune.main([*small(), "--resume"]) == 0
+    assert "Nothing to do" in capsys.readouterr().out
+    assert digest(tmp_path / "lora.pt") == before
+
+
+@pytest.mark.parametrize(
+    ("flag", "status", "message"),
+    [
+        ("--rank=0", 2, "--rank: must be a whole number above 0"),
+        ("--rank=17", 2, "--rank: The rank must be from 1 to 16"),
+        ("--mask_input=maybe", 2, "must be True or False"),
+        ("--dataset=nobody", 2, "nobody is neither alpaca"),
+        ("--base_model_path=missing.pt", 1, "There is no checkpoint at missing.pt"),
+        ("--checkpoint_path=BASE", 2, "this is the path of the base model"),
+        ("--metrics_path=LORA", 2, "this is the path of a checkpoint"),
+    ],
+)
+def test_wrong_arguments(fine_tune, small, base_path, tmp_path, error_of, flag, status, message):
+    before = digest(base_path)
+    flag = flag.replace("BASE", f"{base_path.parent}/./{base_path.name}")
+    flag = flag.replace("LORA", str(tmp_path / "lora.pt"))
+    found, error = error_of(small(flag), fine_tune)
+
+    assert found == status
+    assert message in error
+    assert digest(base_path) == before
+    assert not (tmp_path / "lora.pt").exists()
+
+
+def test_a_link_to_the_base_is_no_place_for_the_adapter(
+    fine_tune, small, base_path, tmp_path, error_of
+):
+    (tmp_path / "lora.pt").symlink_to(base_path)
+
+    assert error_of(small(), fine_tune)[0] == 2
+
+
+def test_rows_without_an_answer_are_left_out_and_the_loss_stays_finite(
+    fine_tune, small, rows_path, tmp_path, capsys
+):
+    path = tmp_path / "rows.jsonl"
+    extra = [
+        {"instruction": "I " * 200, "output": "cut away"},
+        {"instruction": "I", "output": ""},
+        {"instruction": 1, "output": ""},
+    ]
+    path.write_text("\n".join([rows_path.read_text(), *map(json.dumps, extra)]))
+
+    assert fine_tune.main(small("--num_epochs=1", dataset=path)) == 0
+
+    output = capsys.readouterr().out
+    assert output.count("Note:   1 rows") == 3
+    assert read(tmp_path / "lora.pt")["metrics"][-1]["train_loss"] < 20
+
+
+def test_alpaca_comes_from_the_hub(fine_tune, small, tmp_path):
+    """The columns of the original; `text` is what we make ourselves."""
+    rows = [
+        {
+            "instruction": f"Name a thing, {number}.",
+            "input": "Anything." if number % 2 else "",
+            "output": f"Thing {number}.",
+            "text": "not read",
+        }
+        for number in range(40)
+    ]
+    files = {"data/train-00000-of-00001-a09b74b3ef9c3b56.parquet": parquet_rows(rows)}
+
+    with serve("tatsu-lab/alpaca", files) as (endpoint, requests):
+        env = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home")}
+        argv = small("--num_epochs=1", dataset="alpaca")
+        status, output, errors = finish(launch(argv, env=env, script="fine-tune"))
+        num_requests = len(requests)
+
+    assert status == 0, errors
+    assert num_requests > 0
+    assert "Data:   alpaca, " in output
+
+    # Once here, it needs no network.
+    env["HF_HUB_OFFLINE"] = "1"
+    status, _, errors = finish(launch(argv, env=env, script="fine-tune"))
+    assert status == 0, errors
+
+
+def test_network_that_fails_is_one_line(small, tmp_path):
+    env = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "home")}
+    patch = "import hub; hub.RETRY_PAUSES = (0.01,)"
+    process = launch(small(dataset="alpaca"), patch, env=env, script="fine-tune")
+    status, _, errors = finish(process)
+
+    assert status == 1
+    assert "tatsu-lab/alpaca cannot be read from the Hub" in errors.splitlines()[-1]
+    assert "Traceback" not in errors
+
+
+def test_compiled_without_a_break(base_path):
+    """One graph for blocks of all lengths: the compiler gives up on nothing."""
+    from lora import add_lora
+
+    model = build_model(load_checkpoint(base_path, ("model",)), base_path)
+    add_lora(model, 4, 2.0)
+    expected = model(torch.arange(40)[None])
+    model.compile(dynamic=True, fullgraph=True, backend="aot_eager")
+
+    for length in (24, 40):
+        x = torch.arange(length)[None]
+        model(x, x).backward()
+
+    torch.testing.assert_close(model(torch.arange(40)[None]), expected)
+
+
+def test_tiny_preset_is_offline_and_small(fine_tune):
+    args, _ = fine_tune.build_parser().parse(["--preset=tiny"], fine_tune.PRESETS)
+
+    assert args.dataset == "stdlib"
+    assert set(fine_tune.PRESETS["tiny"]) <= vars(args).keys()
+    assert importlib.import_module("pre-train").PRESETS["tiny"]["embedding_dimensions"] >= args.rank
+
+
+def test_masked_loss_equals_hugging_face():
+    """The same rows, with our labels in theirs."""
+    from test_model import hugging_face_pair
+
+    from data import IGNORE_INDEX, collate
+    from instructions import Example
+
+    ours, theirs = hugging_face_pair()
+    generator = torch.Generator().manual_seed(0)
+    examples = [
+        Example(
+            torch.randint(300, (n,), generator=generator).numpy(),
+            (torch.rand(n, generator=generator) < 0.5).numpy(),
+        )
+        for n in (9, 20, 30)
+    ]
+    x, y = collate(examples, 3, 32)
+    x = x.clamp(max=299)
+    # Their labels stand at the place of the token itself, and are moved on inside.
+    labels = torch.full_like(x, IGNORE_INDEX)
+    labels[:, 1:] = y[:, :-1]
+    last = torch.where(y[:, -1] >= 0)[0]
+    assert not len(last), "the last target of a full row has no place in their labels"
+
+    torch.testing.assert_close(ours(x, y), theirs(x, labels=labels).loss, atol=1e-5, rtol=1e-5)
+
+    ours.requires_grad_(False)
+    torch.testing.assert_close(ours(x, y), theirs(x, labels=labels).loss, atol=1e-5, rtol=1e-5)
