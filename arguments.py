@@ -68,12 +68,33 @@ def add_seed(add: Callable) -> None:
     )
 
 
+def add_batches(add: Callable) -> None:
+    add(
+        "--batch_size",
+        type=positive_int,
+        default=4,
+        help="The number of samples to pass through the network at a time.",
+    )
+    add(
+        "--gradient_accumulation_steps",
+        type=positive_int,
+        default=32,
+        help="The number of batches to pass through the network before updating the weights.",
+    )
+
+
 def add_optimizer(add: Callable) -> None:
     add(
         "--optimizer",
         choices=["adamw", "muon"],
         default="muon",
         help="The optimizer: adamw, or muon for the hidden matrices with adamw for the rest.",
+    )
+    add(
+        "--max_gradient_norm",
+        type=positive_float,
+        default=1.0,
+        help="Clip gradients above this threshold before stepping.",
     )
 
 

@@ -15,6 +15,7 @@ import torch
 from arguments import (
     Parser,
     UsageError,
+    add_batches,
     add_device,
     add_flag,
     add_optimizer,
@@ -34,6 +35,8 @@ from session import (
     check_paths,
     check_resumable,
     check_same_data,
+    describe_device,
+    describe_resume,
     is_finished,
     run_script,
 )
@@ -63,7 +66,7 @@ PRESETS = {
     },
 }
 
-EXAMPLE = "add(a, b): Return the sum of a and b."
+EXAMPLE = "read(path): Read a file and return its text."
 
 # What decides which examples come next, and what the adapter is: has to stay in a resumed run.
 FIXED_FLAGS = (
@@ -134,18 +137,7 @@ def add_data_arguments(parser: Parser) -> None:
 def add_recipe_arguments(parser: Parser) -> None:
     add = parser.add_argument_group("recipe").add_argument
 
-    add(
-        "--batch_size",
-        type=positive_int,
-        default=4,
-        help="The number of samples to pass through the network at a time.",
-    )
-    add(
-        "--gradient_accumulation_steps",
-        type=positive_int,
-        default=32,
-        help="The number of batches to pass through the network before updating the weights.",
-    )
+    add_batches(add)
     add(
         "--num_epochs",
         type=positive_int,
@@ -158,12 +150,6 @@ def add_recipe_arguments(parser: Parser) -> None:
         type=positive_float,
         default=5e-4,
         help="The global step size taken after every gradient accumulation step.",
-    )
-    add(
-        "--max_gradient_norm",
-        type=positive_float,
-        default=1.0,
-        help="Clip gradients above this threshold before stepping.",
     )
     add_seed(add)
 
@@ -369,17 +355,12 @@ def describe(
         f"Model:  {args.base_model_path}, {trainer.model.num_parameters - adapter:,} parameters,"
         f" frozen; {adapter:,} in adapters of rank {args.rank}"
     )
-    print(
-        f"Device: {trainer.device}, {trainer.precision}, {compiled},"
-        f" matrix products at {trainer.peak_rate / 1e12:.2f} TFLOP/s"
-    )
+    describe_device(trainer, compiled)
     print(
         f"Run:    {args.num_epochs} epochs of {steps_per_epoch(args, len(examples.train))} updates,"
         f" --seed={trainer.seed}"
     )
-
-    if trainer.step:
-        print(f"Resume: epoch {len(trainer.metrics) + 1}, update {trainer.step}")
+    describe_resume(trainer)
 
 
 def conclude(args: Namespace, trainer: Trainer, before: float) -> None:

@@ -16,6 +16,7 @@ import torch
 
 from arguments import (
     Parser,
+    add_batches,
     add_device,
     add_flag,
     add_optimizer,
@@ -35,6 +36,8 @@ from session import (
     check_paths,
     check_resumable,
     check_same_data,
+    describe_device,
+    describe_resume,
     is_finished,
     run_script,
 )
@@ -207,18 +210,7 @@ def add_model_arguments(parser: Parser) -> None:
 def add_recipe_arguments(parser: Parser) -> None:
     add = parser.add_argument_group("recipe").add_argument
 
-    add(
-        "--batch_size",
-        type=positive_int,
-        default=4,
-        help="The number of samples to pass through the network at a time.",
-    )
-    add(
-        "--gradient_accumulation_steps",
-        type=positive_int,
-        default=32,
-        help="The number of batches to pass through the network before updating the weights.",
-    )
+    add_batches(add)
     add(
         "--samples_per_epoch",
         type=positive_int,
@@ -262,12 +254,6 @@ def add_recipe_arguments(parser: Parser) -> None:
         type=non_negative_float,
         default=0.1,
         help="The proportion of every matrix, times the step size, to take away at an update.",
-    )
-    add(
-        "--max_gradient_norm",
-        type=positive_float,
-        default=1.0,
-        help="Clip gradients above this threshold before stepping.",
     )
     add_seed(add)
 
@@ -531,10 +517,7 @@ def describe(args: Namespace, trainer: Trainer, data: Data, compiled: str) -> No
         f" {args.num_attention_heads} heads, {args.embedding_dimensions} dimensions,"
         f" context {args.block_size}"
     )
-    print(
-        f"Device: {trainer.device}, {trainer.precision}, {compiled},"
-        f" matrix products at {trainer.peak_rate / 1e12:.2f} TFLOP/s"
-    )
+    describe_device(trainer, compiled)
     print(
         f"Run:    {args.num_epochs} epochs of {steps_per_epoch(args)} updates of"
         f" {tokens_per_step(args):,} tokens, {tokens / available:.2f} passes over the data,"
@@ -543,9 +526,7 @@ def describe(args: Namespace, trainer: Trainer, data: Data, compiled: str) -> No
 
     if args.samples_per_epoch % (args.batch_size * args.gradient_accumulation_steps):
         print("Note:   an epoch holds whole updates alone; its other samples open the next one")
-
-    if trainer.step:
-        print(f"Resume: epoch {len(trainer.metrics) + 1}, update {trainer.step}")
+    describe_resume(trainer)
 
 
 def estimate(args: Namespace, trainer: Trainer, data: Data) -> int:

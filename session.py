@@ -284,3 +284,15 @@ def check_same_data(found: list, saved: list) -> None:
             f"The data changed since the checkpoint was saved: {saved} then, {found} now."
             " Restore the files, or leave out --resume to begin a new run."
         )
+
+
+def describe_device(trainer: Trainer, compiled: str) -> None:
+    print(
+        f"Device: {trainer.device}, {trainer.precision}, {compiled},"
+        f" matrix products at {trainer.peak_rate / 1e12:.2f} TFLOP/s"
+    )
+
+
+def describe_resume(trainer: Trainer) -> None:
+    if trainer.step:
+        print(f"Resume: epoch {len(trainer.metrics) + 1}, update {trainer.step}")

@@ -412,3 +412,19 @@ def test_masked_loss_equals_hugging_face():
 
     ours.requires_grad_(False)
     torch.testing.assert_close(ours(x, y), theirs(x, labels=labels).loss, atol=1e-5, rtol=1e-5)
+
+
+def test_a_loading_script_is_not_run_and_its_conversion_taken(small, tmp_path):
+    rows = [{"prompt": f"Name {number}.", "completion": f"{number}"} for number in range(30)]
+    mark = tmp_path / "mark"
+    files = {"rows.py": f"open({str(mark)!r}, 'w')".encode()}
+    converted = {"default/train/0000.parquet": parquet_rows(rows)}
+
+    with serve("some/rows", files, converted) as (endpoint, _):
+        env = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home")}
+        argv = small("--num_epochs=1", dataset="some/rows")
+        status, output, errors = finish(launch(argv, env=env, script="fine-tune"))
+
+    assert status == 0, errors
+    assert "Data:   some/rows, " in output
+    assert not mark.exists()

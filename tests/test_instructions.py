@@ -339,3 +339,30 @@ def test_row_of_a_function():
     )
     assert found[0]["output"].startswith('@property\ndef size(self, unit="m"):\n    text = ')
     assert found[0]["output"].endswith("    return self.books * text")
+
+
+def test_hostile_text_is_text(tmp_path):
+    lines = [
+        *map(json.dumps, ROWS),
+        json.dumps({"prompt": "a" * 1_000_000, "completion": "b"}),
+        json.dumps({"prompt": "c", "completion": "a" * 1_000_000}),
+        json.dumps({"prompt": "<|endoftext|>", "completion": "<|endoftext|>"}),
+        '{"prompt": "lone \\ud800", "completion": "half \\udc00"}',
+        '{"prompt": "number", "completion": NaN}',
+        "[]",
+        "3",
+        "[" * 100_000,
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    examples = load_examples(RowFile(tmp_path / "a.jsonl"), 64, True)
+    targets = [decoded(example)[1] for example in examples.train + examples.test]
+
+    assert len(targets) == 63
+    assert "half \N{REPLACEMENT CHARACTER}<|endoftext|>" in targets
+    assert max(len(example.tokens) for example in examples.train + examples.test) <= 65
+    assert sum(e.tokens.tolist().count(END_OF_TEXT) for e in examples.train + examples.test) == 62
+    assert [note.split(" (")[0] for note in examples.notes] == [
+        "4 rows are malformed and left out",
+        "1 rows have no room for an answer in 64 tokens and are left out",
+        "1 rows are cut at 64 tokens",
+    ]
