@@ -342,7 +342,7 @@ def collate(
     x = np.full((batch_size, length), END_OF_TEXT, dtype=np.int64)
     y = np.full((batch_size, length), IGNORE_INDEX, dtype=np.int64)
 
-    for row, (tokens, is_target) in enumerate(examples):
+    for row, (tokens, is_target, _) in enumerate(examples):
         num_tokens = len(tokens) - 1
         x[row, :num_tokens] = tokens[:-1]
         y[row, :num_tokens] = np.where(is_target[1:], tokens[1:].astype(np.int64), IGNORE_INDEX)

@@ -39,6 +39,7 @@ from session import (
     describe_resume,
     is_finished,
     run_script,
+    written_by,
 )
 from training import (
     PRECISIONS,
@@ -192,8 +193,20 @@ def check_arguments(args: Namespace) -> RowSource:
     """Return the source of rows; raise ValueError where values do not fit together."""
     check_paths(args)
 
-    if Path(args.checkpoint_path).resolve() == Path(args.base_model_path).resolve():
-        raise ValueError("--checkpoint_path: this is the path of the base model")
+    # Neither what is read may be written over, nor what is kept beside it.
+    outputs = {
+        "checkpoint_path": {*written_by(args.checkpoint_path)},
+        "metrics_path": {Path(args.metrics_path).resolve()},
+    }
+    inputs = {
+        "the base model": {*written_by(args.base_model_path)},
+        "the dataset": {Path(args.dataset[:255]).absolute().resolve()},
+    }
+
+    for flag, files in outputs.items():
+        for name, read in inputs.items():
+            if files & read:
+                raise ValueError(f"--{flag}: this is the path of {name}")
 
     try:
         return parse_row_source(args.dataset)
@@ -368,12 +381,11 @@ def conclude(args: Namespace, trainer: Trainer, before: float) -> None:
     row = trainer.metrics[-1]
     speak = ["generate.py"]
 
-    for flag, path in (
-        ("checkpoint_path", args.base_model_path),
-        ("lora_path", args.checkpoint_path),
-    ):
-        if path not in ("./out/checkpoint.pt", "./out/lora.pt"):
-            speak.append(f"--{flag}={path}")
+    defaults = build_parser()
+
+    for flag, name in (("base_model_path", "checkpoint_path"), ("checkpoint_path", "lora_path")):
+        if getattr(args, flag) != defaults.get_default(flag):
+            speak.append(f"--{name}={getattr(args, flag)}")
 
     if args.dataset == "stdlib":
         speak.append(f"--prompt={EXAMPLE}")

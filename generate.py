@@ -47,7 +47,8 @@ def add_model_arguments(parser: Parser) -> None:
     add(
         "--lora_path",
         default="./out/lora.pt",
-        help="The path to the LoRA checkpoint; without the flag it is used if it is there.",
+        help="The path to the LoRA checkpoint; without the flag it is used if it is there and of"
+        " this base; empty for none.",
     )
     add_flag(
         add,
@@ -141,7 +142,7 @@ class Speaker:
     """
 
     def __init__(self, args: Namespace, device, needs_lora: bool):
-        from checkpoint import build_model, load_checkpoint, merge_lora_checkpoint
+        from checkpoint import build_model, load_checkpoint
         from training import PRECISIONS, resolve_precision
 
         self.args = args
@@ -151,11 +152,7 @@ class Speaker:
 
         path, lora_path = Path(args.checkpoint_path), Path(args.lora_path)
         model = build_model(load_checkpoint(path, ("model_args", "model", "encoding")), path)
-        self.is_tuned = needs_lora or lora_path.exists()
-
-        if self.is_tuned:
-            lora = load_checkpoint(lora_path, ("lora_args", "lora", "base"))
-            merge_lora_checkpoint(model, lora, lora_path)
+        self.is_tuned = bool(args.lora_path) and add_adapter(model, lora_path, needs_lora)
 
         precision = resolve_precision(device) if args.precision == "auto" else args.precision
         self.model = model.to(device, PRECISIONS[precision]).eval()
@@ -250,6 +247,28 @@ class Speaker:
                 return
 
         yield [decoder.decode(b"", final=True) or None for decoder in decoders]
+
+
+def add_adapter(model, path: Path, is_needed: bool) -> bool:
+    """Merge the adapter at path into its base; tell whether that was done.
+
+    Args:
+        is_needed: whether it was asked for by name; else it may be missing, or of another base.
+    """
+    from checkpoint import fingerprint, load_checkpoint, merge_lora_checkpoint
+
+    if not (is_needed or path.exists()):
+        return False
+
+    lora = load_checkpoint(path, ("lora_args", "lora", "base"))
+
+    if not is_needed and lora["base"] != fingerprint(model.state_dict()):
+        tell(f"Note: {path} was trained on another base model; it is left out.")
+        return False
+
+    merge_lora_checkpoint(model, lora, path)
+
+    return True
 
 
 def answer_all(args: Namespace, speaker: Speaker) -> None:

@@ -86,8 +86,11 @@ class HubDataset:
 
         return cls(match[1], match[2], name=re.sub("[/:]", "--", value))
 
-    def rows(self) -> Iterator[dict]:
+    def rows(self, columns: Sequence[str]) -> Iterator[dict]:
         """Yield the rows of the split `train`, kept by `datasets` in its cache on the disk.
+
+        Args:
+            columns: the names of those that are of use; not all need be there.
 
         Raises:
             DataError: as listing.
@@ -101,14 +104,15 @@ class HubDataset:
 
         with reported_errors(self.description):
             try:
-                dataset = insist(load, self.description)
+                dataset = insist(load, self.description, FIRST_RETRY_PAUSES)
             except RuntimeError as error:
                 if "script" not in str(error):
                     raise
 
                 dataset = insist(lambda: load(PARQUET_REVISION), self.description)
 
-        yield from dataset
+            # What nobody asked for, such as pictures, need not be decoded.
+            yield from dataset.select_columns([c for c in dataset.column_names if c in columns])
 
     def info(self, revision: str | None):
         from huggingface_hub import HfApi, constants

@@ -22,6 +22,10 @@ WITH_INPUT = (
 # Further turns of a conversation leave the introduction out.
 LATER_TURN = "\n\n### Instruction:\n{instruction}\n\n### Response:\n"
 
+# No token of the encoding stands for more characters.
+MAX_TOKEN_SIZE = 128
+
+COLUMNS = ("instruction", "input", "output", "prompt", "completion", "messages")
 FORMS = "`instruction` and `output`, `prompt` and `completion`, or `messages`"
 
 
@@ -33,10 +37,11 @@ class Turn(NamedTuple):
 
 
 class Example(NamedTuple):
-    """A row as the model sees it: token ids (T + 1), and which of them are to be predicted."""
+    """A row as the model sees it: token ids (T + 1), which of them are targets, if it was cut."""
 
     tokens: np.ndarray
     is_target: np.ndarray
+    is_cut: bool = False
 
 
 def format_prompt(instruction: str, input_: str = "") -> str:
@@ -78,7 +83,10 @@ def turns_of_messages(messages: object) -> list[Turn]:
     """Turn a conversation into turns; what a system message says takes the introduction's place."""
     # A table of text alone can hold it as JSON.
     if isinstance(messages, str):
-        messages = json.loads(messages)
+        try:
+            messages = json.loads(messages)
+        except (ValueError, RecursionError):
+            raise ValueError("`messages` is no JSON") from None
 
     turns, introduction, question = [], "", None
 
@@ -133,14 +141,17 @@ def encode_turns(turns: Sequence[Turn], block_size: int, mask_input: bool) -> Ex
         block_size: what is longer is cut at the end.
         mask_input: whether the answers alone are to be predicted.
     """
+    # An example of T + 1 tokens has T inputs, and T targets one place further.
+    size = block_size + 1
     pieces, are_targets = [], []
 
     for prompt, answer in turns:
-        for tokens, is_answer in ((encode(prompt), False), (encode(answer), True)):
+        for text, is_answer in ((prompt, False), (answer, True)):
+            # No more than can have a place.
+            tokens = encode(text[: size * MAX_TOKEN_SIZE])
             pieces.append(np.append(tokens, END_OF_TEXT) if is_answer else tokens)
             are_targets.append(np.full(len(pieces[-1]), is_answer or not mask_input))
 
-    # An example of T + 1 tokens has T inputs, and T targets one place further.
-    tokens = np.concatenate(pieces)[: block_size + 1].astype(TOKEN_TYPE)
+    tokens = np.concatenate(pieces).astype(TOKEN_TYPE)
 
-    return Example(tokens, np.concatenate(are_targets)[: block_size + 1])
+    return Example(tokens[:size], np.concatenate(are_targets)[:size], len(tokens) > size)

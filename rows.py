@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from hub import HubDataset
-from instructions import Example, Turn, encode_turns, turns_of
-from sources import StandardLibrary, decompress, kind_of_name, reported_errors
-from tokenizer import END_OF_TEXT, DataError, encode, without_surrogates
+from instructions import COLUMNS, Example, Turn, encode_turns, turns_of
+from sources import StandardLibrary, decompress, kind_of_name, one_line, reported_errors
+from tokenizer import DataError, encode, without_surrogates
 
 # The share of the rows that is set aside to test on.
 TEST_SHARE = 0.1
@@ -90,7 +90,7 @@ class HubRows:
         return self.dataset.description
 
     def rows(self) -> Iterator[Row]:
-        for number, row in enumerate(self.dataset.rows()):
+        for number, row in enumerate(self.dataset.rows(COLUMNS)):
             yield f"row {number}", row
 
 
@@ -111,11 +111,19 @@ def parse_row_source(value: str) -> RowSource:
 
     path = Path(value)
 
-    if path.is_file() and kind_of_rows(path.name):
+    try:
+        is_file, is_there = path.is_file(), bool(value) and path.exists()
+    except OSError as error:
+        raise ValueError(f"{value[:80]} cannot be read: {error.strerror}") from None
+
+    if is_file and kind_of_rows(path.name):
         return RowFile(path)
 
-    if value and path.exists():
+    if is_there:
         raise ValueError(f"{value} is no .json, .jsonl, .csv or .parquet file")
+
+    if kind_of_rows(path.name):
+        raise ValueError(f"there is no file {value}")
 
     if dataset := HubDataset.parse(value):
         return HubRows(dataset)
@@ -128,7 +136,11 @@ def parse_row_source(value: str) -> RowSource:
 def kind_of_rows(name: str) -> str | None:
     kind = kind_of_name(name)
 
-    return "json" if kind is None and re.search(r"\.json(\.\w+)?$", name.lower()) else kind
+    return (
+        "json"
+        if kind is None and re.search(r"\.json(\.gz|\.bz2|\.xz|\.zst)?$", name.lower())
+        else kind
+    )
 
 
 def read_json(content: BinaryIO) -> Iterator[Row]:
@@ -136,19 +148,20 @@ def read_json(content: BinaryIO) -> Iterator[Row]:
     text = content.read().decode("utf-8-sig", errors="replace")
 
     if text.lstrip().startswith("["):
-        for number, row in enumerate(json.loads(text)):
+        # Of numbers nothing is wanted, and those of thousands of digits are no whole ones.
+        for number, row in enumerate(json.loads(text, parse_int=float)):
             yield f"row {number}", row
 
         return
 
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             yield f"line {number}", parse_line(line)
 
 
 def parse_line(line: str) -> dict | ValueError:
     try:
-        return json.loads(line)
+        return json.loads(line, parse_int=float)
     except (ValueError, RecursionError):
         return ValueError("this is no JSON")
 
@@ -156,9 +169,21 @@ def parse_line(line: str) -> dict | ValueError:
 def read_csv(content: BinaryIO) -> Iterator[Row]:
     csv.field_size_limit(1 << 30)
     lines = io.TextIOWrapper(content, "utf-8-sig", errors="replace", newline="")
-    rows = csv.DictReader(lines)
+    rows = csv.DictReader(lines, strict=True)
 
-    for row in rows:
+    while True:
+        try:
+            row: dict | ValueError | None = next(rows, None)
+        except csv.Error as error:
+            row = ValueError(str(error))
+
+        if row is None:
+            return
+
+        # What has no column, or no value, has None in its place.
+        if isinstance(row, dict) and (None in row or None in row.values()):
+            row = ValueError("it has not as many values as there are columns")
+
         yield f"line {rows.line_num}", row
 
 
@@ -170,7 +195,10 @@ def read_parquet(content: BinaryIO) -> Iterator[Row]:
 
     number = 0
 
-    for batch in pyarrow.parquet.ParquetFile(content).iter_batches():
+    table = pyarrow.parquet.ParquetFile(content)
+    columns = [name for name in table.schema_arrow.names if name in COLUMNS]
+
+    for batch in table.iter_batches(columns=columns):
         for row in batch.to_pylist():
             yield f"row {number}", row
             number += 1
@@ -280,7 +308,7 @@ def load_examples(source: RowSource, block_size: int, mask_input: bool) -> Examp
             unanswered.append(place)
             continue
 
-        if example.tokens[-1] != END_OF_TEXT:
+        if example.is_cut:
             cut.append(place)
 
         kept.append((place_hash(place), example))
@@ -293,10 +321,11 @@ def load_examples(source: RowSource, block_size: int, mask_input: bool) -> Examp
     ]
 
     if len(kept) < 2:
-        reason = f": {malformed[0]}" if malformed else ""
+        reasons = "".join(f"; {note}" for note in notes)
 
         raise DataError(
-            f"{source.description} has {len(kept)} rows to train and test on, 2 are needed{reason}."
+            f"{source.description} has {len(kept)} rows to train and test on, 2 are"
+            f" needed{reasons}."
         )
 
     # A source of a few rows has one to test on, and one to train on, all the same.
@@ -312,7 +341,7 @@ def load_examples(source: RowSource, block_size: int, mask_input: bool) -> Examp
 
 def has_answer(turns: list[Turn], example: Example) -> bool:
     """Tell whether a token of an answer is left in an example that may have been cut."""
-    return len(example.tokens) > len(encode(turns[0].prompt))
+    return not example.is_cut or len(example.tokens) > len(encode(turns[0].prompt))
 
 
 def place_hash(place: str) -> float:
@@ -324,6 +353,9 @@ def note(places: list[str], what: str) -> list[str]:
     if not places:
         return []
 
-    names = "; ".join(places[:3]) + ("; …" if len(places) > 3 else "")
+    # A place may quote what a row holds.
+    names = "; ".join(one_line(without_surrogates(place), 120) for place in places[:3])
+    names = "".join(letter if letter.isprintable() else "?" for letter in names)
+    names += "; …" if len(places) > 3 else ""
 
     return [f"{len(places):,} rows {what} ({names})"]

@@ -23,6 +23,7 @@ from checkpoint import (
     previous_path,
     save_checkpoint,
     set_aside,
+    temporary_path,
 )
 from tokenizer import ENCODING, DataError
 from training import (
@@ -197,10 +198,16 @@ def run_script(
 
 def check_paths(args: Namespace) -> None:
     """Raise ValueError when the metrics would be written over a checkpoint."""
-    path = Path(args.checkpoint_path).resolve()
-
-    if Path(args.metrics_path).resolve() in (path, previous_path(path), best_path(path)):
+    if Path(args.metrics_path).resolve() in written_by(args.checkpoint_path):
         raise ValueError("--metrics_path: this is the path of a checkpoint")
+
+
+def written_by(checkpoint_path: str) -> list[Path]:
+    """Return all files that a run with this --checkpoint_path writes or moves."""
+    path = Path(checkpoint_path).resolve()
+    files = [path, previous_path(path), best_path(path)]
+
+    return [*files, *map(temporary_path, files)]
 
 
 def begin(args: Namespace, device, keys: tuple[str, ...], is_dry: bool = False) -> dict:

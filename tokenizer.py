@@ -69,6 +69,9 @@ def encode(text: str) -> np.ndarray:
         tokens = load_encoding().encode_to_numpy(text, disallowed_special=())
     except UnicodeEncodeError:
         return encode(without_surrogates(text))
+    except ValueError:
+        # Its pattern fails on half a million blanks in a row; ours does not.
+        return encode_documents([text])[:-1]
 
     return tokens.astype(TOKEN_TYPE)
 
@@ -222,7 +225,13 @@ def tokens_of_pieces(pieces: list[str]) -> list[Sequence[int]]:
 
 
 def learn(piece: str) -> Sequence[int]:
-    tokens = tuple(load_encoding().encode_ordinary(piece)) if piece else (END_OF_TEXT,)
+    if not piece:
+        return (END_OF_TEXT,)
+
+    try:
+        tokens = tuple(load_encoding().encode_ordinary(piece))
+    except ValueError:
+        tokens = tuple(load_encoding()._encode_single_piece(piece))
 
     # Long pieces seldom come again.
     if len(piece) <= MAX_KNOWN_PIECE:

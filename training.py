@@ -632,7 +632,7 @@ class MetricsFile:
         os.replace(temporary, path)
 
         self.path = path
-        self.board = self.open_board(path.parent / "runs", len(rows))
+        self.board = self.open_board(path.parent / "runs" / path.stem, len(rows))
 
     @staticmethod
     def open_board(folder: Path, num_rows: int):

@@ -82,7 +82,7 @@ class Hub(BaseHTTPRequestHandler):
         url = urlparse(self.path)
         path = unquote(url.path)
         prefix = re.escape(self.name)
-        revision = r"(\w+|refs/convert/parquet)"
+        revision = r"(refs/convert/parquet|\w+)"
 
         if match := re.fullmatch(rf"/api/datasets/{prefix}(?:/revision/{revision})?", path):
             self.answer_info(self.commit(match[1]))

@@ -235,7 +235,7 @@ def test_rows_are_padded_at_the_right_and_padding_is_no_target():
     assert x.shape[1] % 8 == 0 or x.shape[1] == 41
     assert (y[5:] == IGNORE_INDEX).all()
 
-    for row, (tokens, is_target) in enumerate(examples[:5]):
+    for row, (tokens, is_target, _) in enumerate(examples[:5]):
         n = len(tokens) - 1
         assert x[row, :n].tolist() == tokens[:-1].tolist()
         assert (x[row, n:] == END_OF_TEXT).all()

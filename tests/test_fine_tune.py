@@ -294,6 +294,35 @@ def test_wrong_arguments(fine_tune, small, base_path, tmp_path, error_of, flag, 
     assert not (tmp_path / "lora.pt").exists()
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--metrics_path=BASE/checkpoint.pt"],
+        ["--base_model_path=OUT/lora.previous.pt"],
+        ["--base_model_path=OUT/lora.best.pt"],
+        ["--base_model_path=OUT/lora.pt.tmp"],
+        ["--checkpoint_path=BASE/checkpoint.previous.pt"],
+        ["--metrics_path=BASE/checkpoint.best.pt"],
+        ["--metrics_path=ROWS"],
+        ["--checkpoint_path=ROWS"],
+    ],
+)
+def test_nothing_that_is_read_is_written_over(
+    fine_tune, small, base_path, rows_path, tmp_path, error_of, flags
+):
+    for name in ("lora.previous.pt", "lora.best.pt", "lora.pt.tmp"):
+        (tmp_path / name).write_bytes(base_path.read_bytes())
+
+    before = {path: digest(path) for path in (base_path, rows_path, *tmp_path.iterdir())}
+    places = {"BASE": base_path.parent, "OUT": tmp_path, "ROWS": rows_path}
+
+    for name, place in places.items():
+        flags = [flag.replace(name, str(place)) for flag in flags]
+
+    assert error_of(small(*flags), fine_tune)[0] == 2
+    assert {path: digest(path) for path in before} == before
+
+
 def test_a_link_to_the_base_is_no_place_for_the_adapter(
     fine_tune, small, base_path, tmp_path, error_of
 ):
@@ -351,7 +380,7 @@ def test_alpaca_comes_from_the_hub(fine_tune, small, tmp_path):
 
 def test_network_that_fails_is_one_line(small, tmp_path):
     env = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "home")}
-    patch = "import hub; hub.RETRY_PAUSES = (0.01,)"
+    patch = "import hub; hub.RETRY_PAUSES = hub.FIRST_RETRY_PAUSES = (0.01,)"
     process = launch(small(dataset="alpaca"), patch, env=env, script="fine-tune")
     status, _, errors = finish(process)
 

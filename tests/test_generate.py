@@ -531,6 +531,25 @@ def test_an_adapter_of_another_model_is_refused(run, checkpoint, tmp_path, chang
     assert len(errors.splitlines()) == 1
 
 
+def test_an_adapter_of_another_model_is_passed_over_unless_named(run, checkpoint, tmp_path):
+    _, alone, _ = run("--prompt=a", *FAST)
+    (tmp_path / "out").mkdir()
+    base = load_checkpoint(checkpoint, ("model",))
+    write_lora(tmp_path / "out" / "lora.pt", base, base="0" * 64)
+    _, output, errors = run("--prompt=a", *FAST)
+
+    assert output == alone
+    assert "out/lora.pt was trained on another base model; it is left out" in errors
+
+
+def test_an_adapter_can_be_left_out(run, checkpoint, tmp_path):
+    _, alone, _ = run("--prompt=a", *FAST)
+    (tmp_path / "out").mkdir()
+    write_lora(tmp_path / "out" / "lora.pt", load_checkpoint(checkpoint, ("model",)))
+
+    assert run("--prompt=a", *FAST, "--lora_path=")[1] == alone
+
+
 def test_an_adapter_that_was_asked_for_has_to_be_there(run):
     status, _, errors = run("--prompt=a", "--lora_path=out/lora.pt")
 

@@ -251,11 +251,17 @@ def test_rows_that_are_no_use_are_counted_and_named(tmp_path):
     ("name", "content", "message"),
     [
         ("a.jsonl", b"", "0 rows"),
-        ("a.jsonl", b'{"prompt": "P"}', "0 rows to train and test on, 2 are needed: line 1: "),
+        (
+            "a.jsonl",
+            b'{"prompt": "P"}',
+            "0 rows to train and test on, 2 are needed; 1 rows are malformed",
+        ),
         ("a.json", b"[1, 2", "cannot be read"),
         ("a.parquet", b"nothing", "cannot be read"),
         ("a.json.gz", b"nothing", "cannot be read"),
         ("a.csv", b"a,b\n1,2\n", "neither `instruction` and `output`"),
+        ("a.csv", b"prompt,completion\na,b,c\nd\n", "2 rows are malformed .*as many values"),
+        ("a.csv", b'prompt,completion\na,"b\nc,d\n', "unexpected end of data"),
     ],
 )
 def test_a_file_without_rows_is_one_line(tmp_path, name, content, message):
@@ -280,7 +286,13 @@ def test_other_rows_have_another_fingerprint(tmp_path):
 
 @pytest.mark.parametrize(
     ("value", "message"),
-    [("", "nothing is neither"), ("nobody", "nobody is neither"), ("tests", "is no .json")],
+    [
+        ("", "nothing is neither"),
+        ("a" * 5000, "File name too long"),
+        ("data/rows.jsonl", "no file"),
+        ("nobody", "nobody is neither"),
+        ("tests", "is no .json"),
+    ],
 )
 def test_what_is_no_source_is_refused(value, message, monkeypatch):
     monkeypatch.chdir(Path(__file__).parent.parent)
@@ -347,6 +359,10 @@ def test_hostile_text_is_text(tmp_path):
         json.dumps({"prompt": "a" * 1_000_000, "completion": "b"}),
         json.dumps({"prompt": "c", "completion": "a" * 1_000_000}),
         json.dumps({"prompt": "<|endoftext|>", "completion": "<|endoftext|>"}),
+        json.dumps({"prompt": "d", "completion": "a" + " " * 1_000_000 + "b"}),
+        json.dumps({"prompt": "e", "completion": "two\u2028lines"}, ensure_ascii=False),
+        json.dumps({"messages": [{"role": "\ud800\n" * 1000, "content": ""}]}),
+        json.dumps({"messages": "[" * 100_000}),
         '{"prompt": "lone \\ud800", "completion": "half \\udc00"}',
         '{"prompt": "number", "completion": NaN}',
         "[]",
@@ -357,12 +373,23 @@ def test_hostile_text_is_text(tmp_path):
     examples = load_examples(RowFile(tmp_path / "a.jsonl"), 64, True)
     targets = [decoded(example)[1] for example in examples.train + examples.test]
 
-    assert len(targets) == 63
-    assert "half \N{REPLACEMENT CHARACTER}<|endoftext|>" in targets
+    assert len(targets) == 65
+    assert "half ?<|endoftext|>" in targets
     assert max(len(example.tokens) for example in examples.train + examples.test) <= 65
-    assert sum(e.tokens.tolist().count(END_OF_TEXT) for e in examples.train + examples.test) == 62
+    assert sum(e.tokens.tolist().count(END_OF_TEXT) for e in examples.train + examples.test) == 63
     assert [note.split(" (")[0] for note in examples.notes] == [
-        "4 rows are malformed and left out",
+        "6 rows are malformed and left out",
         "1 rows have no room for an answer in 64 tokens and are left out",
-        "1 rows are cut at 64 tokens",
+        "2 rows are cut at 64 tokens",
     ]
+    assert "two\u2028lines<|endoftext|>" in targets
+    assert all(len(note) < 600 and note.isprintable() for note in examples.notes)
+
+
+def test_an_answer_cut_behind_an_earlier_one_is_counted(tmp_path):
+    messages = [{"role": role, "content": role} for role in ("user", "assistant")] * 2
+    turns = turns_of({"messages": messages})
+    size = len(encode_turns(turns[:1], 1000, True).tokens) - 1
+
+    assert not encode_turns(turns[:1], size, True).is_cut
+    assert encode_turns(turns, size, True).is_cut

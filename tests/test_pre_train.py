@@ -650,7 +650,7 @@ def test_tensorboard_gets_the_scalars_where_it_is_installed(
     monkeypatch.setitem(training.sys.modules, "torch.utils.tensorboard", module)
     pre_train.main(small("--num_epochs=2"))
 
-    assert written[0] == (str(tmp_path / "runs"), 1)
+    assert written[0] == (str(tmp_path / "runs" / "metrics"), 1)
     assert {("train_loss", 1), ("train_loss", 2), ("test_loss", 2), ("mfu", 1)} <= set(written)
     assert ("test_loss", 1) not in written
 
