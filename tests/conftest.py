@@ -25,6 +25,12 @@ def write_documents(folder: Path, num_documents: int, num_words: int = 60) -> No
         (folder / f"{number:03d}.txt").write_text(text)
 
 
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    """A block that earlier tests had compiled for many shapes would run uncompiled."""
+    torch.compiler.reset()
+
+
 @pytest.fixture(scope="session")
 def text_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("text")
