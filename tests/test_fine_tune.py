@@ -4,6 +4,7 @@ import csv
 import hashlib
 import importlib
 import json
+import os
 import signal
 from pathlib import Path
 
@@ -259,6 +260,27 @@ def test_what_is_no_adapter_cannot_be_resumed(fine_tune, small, base_path, tmp_p
 
     assert status == 1
     assert "it has no lora_args, lora, base, base_test_loss" in error
+
+
+class Payload:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.mark}",)
+
+
+def test_code_in_an_adapter_is_not_run(fine_tune, small, tmp_path, error_of):
+    """Its checksum is right, so it is the loader that has to refuse it."""
+    save_checkpoint(tmp_path / "lora.pt", {"format_version": 1, "lora": Payload(tmp_path / "mark")})
+    status, error = error_of([*small(), "--resume"], fine_tune)
+
+    assert status == 1
+    assert "is not a checkpoint of this project" in error
+    assert "weights_only" not in error
+    assert not (tmp_path / "mark").exists()
 
 
 def test_nothing_to_do(fine_tune, small, tmp_path, capsys):
