@@ -6,6 +6,7 @@ Nothing here imports torch, so that a wrong flag is answered at once.
 import argparse
 import difflib
 import math
+import os
 import sys
 from collections.abc import Callable
 
@@ -52,7 +53,12 @@ class Parser(argparse.ArgumentParser):
         self.error(f"unknown argument {unknown[0]}{hint}")
 
     def error(self, message: str):
-        self.exit(2, f"error: {message.removeprefix('argument ')}\n")
+        self.exit(2, f"error: {message.removeprefix('argument ')}\n" if is_first() else None)
+
+
+def is_first() -> bool:
+    """Tell whether this is the process that speaks for all that torchrun has started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def add_flag(add: Callable, name: str, default: bool, text: str) -> None:
@@ -95,6 +101,23 @@ def add_optimizer(add: Callable) -> None:
         type=positive_float,
         default=1.0,
         help="Clip gradients above this threshold before stepping.",
+    )
+
+
+def add_processes(add: Callable) -> None:
+    """Add how the processes that torchrun starts work together."""
+    add(
+        "--sharding",
+        choices=["optimizer", "full"],
+        default="optimizer",
+        help="What the processes of torchrun share out: the state of the optimizer, or with full"
+        " the weights and gradients too.",
+    )
+    add(
+        "--process_timeout",
+        type=positive_float,
+        default=10.0,
+        help="The minutes that the processes of torchrun wait for one that does not answer.",
     )
 
 

@@ -19,6 +19,7 @@ from arguments import (
     add_device,
     add_flag,
     add_optimizer,
+    add_processes,
     add_seed,
     dropout_float,
     positive_float,
@@ -26,8 +27,10 @@ from arguments import (
 )
 from checkpoint import build_model, check_base, fingerprint, load_checkpoint
 from data import InstructionBatches, ordered_batches
+from distributed import World
 from lora import add_lora, check_rank, lora_state_dict
 from model import GPT
+from optimizers import Optimizers, Schedule
 from rows import Examples, RowSource, load_examples, parse_row_source
 from session import (
     Session,
@@ -43,14 +46,13 @@ from session import (
 )
 from training import (
     PRECISIONS,
-    Schedule,
     Step,
-    StopSignal,
     Trainer,
-    build_optimizers,
     compile_model,
+    load_share,
     load_weights,
-    matmul_rate,
+    product_format,
+    sum_of_rates,
 )
 
 PRESETS = {
@@ -182,6 +184,7 @@ def add_run_arguments(parser: Parser) -> None:
     )
     add_flag(add, "--resume", False, "Should we resume training from the last checkpoint?")
     add_device(add, "the frozen weights and the matrix products")
+    add_processes(add)
     add_flag(add, "--compile", True, "Compile the network, where a compiler works.")
 
 
@@ -214,8 +217,8 @@ def check_arguments(args: Namespace) -> RowSource:
         raise ValueError(f"--dataset: {error}") from None
 
 
-def run(args: Namespace, source: RowSource, device: torch.device) -> int:
-    checkpoint = begin(args, device, ("lora_args", "lora", "base", "base_test_loss"))
+def run(args: Namespace, source: RowSource, world: World) -> int:
+    checkpoint = begin(args, world, ("lora_args", "lora", "base", "base_test_loss"))
     base_path = Path(args.base_model_path)
     base = load_checkpoint(base_path, ("model_args", "model", "encoding"))
 
@@ -227,6 +230,7 @@ def run(args: Namespace, source: RowSource, device: torch.device) -> int:
 
     model = build_model(base, base_path)
     base_fingerprint = fingerprint(model.state_dict())
+    world.check_same("The base models", base_fingerprint)
 
     try:
         check_rank(args.rank, model.token_embeddings.embedding_dim)
@@ -236,8 +240,11 @@ def run(args: Namespace, source: RowSource, device: torch.device) -> int:
     if checkpoint:
         check_base(checkpoint, base_fingerprint, Path(args.checkpoint_path))
 
-    examples = load_examples(source, model.block_size, args.mask_input)
-    trainer = build_trainer(args, model, device, len(examples.train))
+    with world.one_per_machine_first():
+        examples = load_examples(source, model.block_size, args.mask_input)
+
+    world.check_same("The data", examples.fingerprint)
+    trainer = build_trainer(args, model, world, len(examples.train))
     batches = InstructionBatches(examples.train, args.batch_size, model.block_size, args.seed)
 
     # What the checkpoint says of the base.
@@ -250,13 +257,15 @@ def run(args: Namespace, source: RowSource, device: torch.device) -> int:
         base_state["base_test_loss"] = checkpoint["base_test_loss"]
         checkpoint.clear()
 
-    compiled = compile_model(model, device, is_dynamic=True) if args.compile else "not compiled"
+    compiled = (
+        compile_model(model, world.device, is_dynamic=True) if args.compile else "not compiled"
+    )
     describe(args, trainer, examples, batches, compiled)
 
     session = build_session(args, trainer, examples, batches, base_state)
 
     if "base_test_loss" not in base_state:
-        with StopSignal() as stop:
+        with session.stoppable() as stop:
             base_state["base_test_loss"] = session.mean_loss(session.evaluate(stop))
 
     status = session.run()
@@ -267,27 +276,25 @@ def run(args: Namespace, source: RowSource, device: torch.device) -> int:
     return status
 
 
-def build_trainer(args: Namespace, model: GPT, device: torch.device, num_examples: int) -> Trainer:
+def build_trainer(args: Namespace, model: GPT, world: World, num_examples: int) -> Trainer:
     """Freeze the model, add the adapter with its first weights, and what trains it."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-
-    model.to(device)
     torch.manual_seed(args.seed)
     add_lora(model, args.rank, args.alpha, args.dropout, PRECISIONS[args.precision])
+    network = world.prepare(model, model.blocks)
 
     total_steps = args.num_epochs * steps_per_epoch(args, num_examples)
     schedule = Schedule("linear", args.learning_rate, 0.0, min(100, total_steps // 20), total_steps)
 
     return Trainer(
         model,
-        build_optimizers(model, args.optimizer, 0.0, device),
+        network,
+        Optimizers(model, args.optimizer, 0.0, world, product_format(args.precision)),
         schedule,
-        device,
+        world,
         args.precision,
         args.seed,
         args.max_gradient_norm,
-        peak_rate=matmul_rate(device, args.precision),
+        peak_rate=sum_of_rates(world, args.precision),
     )
 
 
@@ -296,18 +303,20 @@ def steps_per_epoch(args: Namespace, num_examples: int) -> int:
     return math.ceil(num_examples / (args.batch_size * args.gradient_accumulation_steps))
 
 
-def step_loader(args: Namespace, batches: InstructionBatches) -> Callable[[int], Step]:
-    """Return a function that builds the micro-batches of an update by its number."""
+def step_loader(
+    args: Namespace, batches: InstructionBatches, world: World
+) -> Callable[[int], Step]:
+    """Return a function that builds this process's micro-batches of an update by its number."""
 
-    def load(step: int) -> Step:
+    def load_step(step: int) -> Step:
         epoch, step = divmod(step, steps_per_epoch(args, len(batches.examples)))
         first = step * args.gradient_accumulation_steps
         last = min(first + args.gradient_accumulation_steps, len(batches))
         numbers = range(epoch * len(batches) + first, epoch * len(batches) + last)
 
-        return [(number, *batches.batch(number)) for number in numbers]
+        return load_share(numbers, batches.batch, world)
 
-    return load
+    return load_step
 
 
 def build_session(
@@ -334,7 +343,7 @@ def build_session(
     return Session(
         args,
         trainer,
-        step_loader(args, batches),
+        step_loader(args, batches, trainer.world),
         steps_per_epoch(args, len(examples.train)),
         model.flops_per_token(int(batches.lengths.mean())),
         {args.dataset: test},
@@ -368,7 +377,7 @@ def describe(
         f"Model:  {args.base_model_path}, {trainer.model.num_parameters - adapter:,} parameters,"
         f" frozen; {adapter:,} in adapters of rank {args.rank}"
     )
-    describe_device(trainer, compiled)
+    describe_device(args, trainer, compiled)
     print(
         f"Run:    {args.num_epochs} epochs of {steps_per_epoch(args, len(examples.train))} updates,"
         f" --seed={trainer.seed}"

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from arguments import (
     Parser,
@@ -20,6 +21,7 @@ from arguments import (
     add_device,
     add_flag,
     add_optimizer,
+    add_processes,
     add_seed,
     dropout_float,
     non_negative_float,
@@ -28,7 +30,9 @@ from arguments import (
     positive_int,
 )
 from data import EvaluationWindows, SampleStream, resolve_weights
+from distributed import World
 from model import GPT, check_sizes
+from optimizers import Optimizers, Schedule
 from preparation import Source, load_or_prepare, parse_source
 from session import (
     Session,
@@ -44,14 +48,14 @@ from session import (
 from token_files import TokenDataset
 from tokenizer import VOCABULARY_SIZE
 from training import (
-    Schedule,
     Step,
     Trainer,
-    build_optimizers,
     compile_model,
+    load_share,
     load_weights,
-    matmul_rate,
     peak_memory,
+    product_format,
+    sum_of_rates,
     time_steps,
 )
 
@@ -290,6 +294,7 @@ def add_run_arguments(parser: Parser) -> None:
         "Should we resume training from the last checkpoint?",
     )
     add_device(add, "the matrix products")
+    add_processes(add)
     add_flag(
         add,
         "--compile",
@@ -354,8 +359,8 @@ def check_arguments(args: Namespace) -> list[tuple[Source, float | None]]:
     return sources
 
 
-def run(args: Namespace, sources: list[tuple[Source, float | None]], device: torch.device) -> int:
-    checkpoint = begin(args, device, ("model_args", "model"), args.dry_run)
+def run(args: Namespace, sources: list[tuple[Source, float | None]], world: World) -> int:
+    checkpoint = begin(args, world, ("model_args", "model"), args.dry_run)
 
     if checkpoint:
         saved, wanted = checkpoint["model_args"], {**settings(args), **model_args(args)}
@@ -364,8 +369,8 @@ def run(args: Namespace, sources: list[tuple[Source, float | None]], device: tor
     if is_finished(args, checkpoint):
         return 0
 
-    data = open_data(args, sources)
-    trainer = build_trainer(args, device)
+    data = open_data(args, sources, world)
+    trainer = build_trainer(args, world)
 
     if checkpoint:
         check_same_data(data.fingerprint, checkpoint["dataset"])
@@ -373,7 +378,7 @@ def run(args: Namespace, sources: list[tuple[Source, float | None]], device: tor
         trainer.load_state_dict(checkpoint)
         checkpoint.clear()
 
-    compiled = compile_model(trainer.model, device) if args.compile else "not compiled"
+    compiled = compile_model(trainer.model, world.device) if args.compile else "not compiled"
     describe(args, trainer, data, compiled)
 
     if args.dry_run:
@@ -399,7 +404,7 @@ def build_session(args: Namespace, trainer: Trainer, data: Data) -> Session:
     return Session(
         args,
         trainer,
-        step_loader(args, data),
+        step_loader(args, data, trainer.world),
         steps_per_epoch(args),
         trainer.model.flops_per_token(args.block_size),
         {
@@ -411,56 +416,60 @@ def build_session(args: Namespace, trainer: Trainer, data: Data) -> Session:
     )
 
 
-def open_data(args: Namespace, sources: list[tuple[Source, float | None]]) -> Data:
+def open_data(args: Namespace, sources: list[tuple[Source, float | None]], world: World) -> Data:
     """Open the token files of all sources, after preparing those that are not there."""
-    datasets = [
-        load_or_prepare(source, Path(args.dataset_path), args.num_dataset_processes)
-        for source, _ in sources
-    ]
+    with world.one_per_machine_first():
+        datasets = [
+            load_or_prepare(source, Path(args.dataset_path), args.num_dataset_processes)
+            for source, _ in sources
+        ]
+
     trains = [dataset.train for dataset in datasets]
     weights = resolve_weights([weight for _, weight in sources], [len(t) for t in trains])
 
-    stream = SampleStream(trains, weights, args.block_size, args.seed)
-
-    return Data(
+    data = Data(
         datasets,
-        stream,
+        SampleStream(trains, weights, args.block_size, args.seed),
         {data.name: EvaluationWindows(data.test, args.block_size) for data in datasets},
     )
+    world.check_same("The data", data.fingerprint)
+
+    return data
 
 
-def build_trainer(args: Namespace, device: torch.device) -> Trainer:
+def build_trainer(args: Namespace, world: World) -> Trainer:
     """Build the network with its first weights, and what trains it."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-
     torch.manual_seed(args.seed)
 
-    model = GPT(**model_args(args), dropout=args.dropout).to(device)
+    model = GPT(**model_args(args), dropout=args.dropout)
     model.activation_checkpointing = args.activation_checkpointing
+    network = world.prepare(model, model.blocks)
 
     return Trainer(
         model,
-        build_optimizers(model, args.optimizer, args.weight_decay, device),
+        network,
+        Optimizers(model, args.optimizer, args.weight_decay, world, product_format(args.precision)),
         build_schedule(args),
-        device,
+        world,
         args.precision,
         args.seed,
         args.max_gradient_norm,
-        peak_rate=matmul_rate(device, args.precision),
+        peak_rate=sum_of_rates(world, args.precision),
     )
 
 
-def step_loader(args: Namespace, data: Data) -> Callable[[int], Step]:
-    """Return a function that reads the micro-batches of an update by its number."""
+def step_loader(args: Namespace, data: Data, world: World) -> Callable[[int], Step]:
+    """Return a function that reads this process's micro-batches of an update by its number."""
 
-    def load(step: int) -> Step:
+    def load(number: int) -> tuple[Tensor, Tensor]:
+        return data.stream.batch(number * args.batch_size, args.batch_size)
+
+    def load_step(step: int) -> Step:
         first = step * args.gradient_accumulation_steps
-        numbers = range(first, first + args.gradient_accumulation_steps)
 
-        return [(m, *data.stream.batch(m * args.batch_size, args.batch_size)) for m in numbers]
+        return load_share(range(first, first + args.gradient_accumulation_steps), load, world)
 
-    return load
+    return load_step
 
 
 def steps_per_epoch(args: Namespace) -> int:
@@ -517,7 +526,7 @@ def describe(args: Namespace, trainer: Trainer, data: Data, compiled: str) -> No
         f" {args.num_attention_heads} heads, {args.embedding_dimensions} dimensions,"
         f" context {args.block_size}"
     )
-    describe_device(trainer, compiled)
+    describe_device(args, trainer, compiled)
     print(
         f"Run:    {args.num_epochs} epochs of {steps_per_epoch(args)} updates of"
         f" {tokens_per_step(args):,} tokens, {tokens / available:.2f} passes over the data,"
@@ -531,7 +540,7 @@ def describe(args: Namespace, trainer: Trainer, data: Data, compiled: str) -> No
 
 def estimate(args: Namespace, trainer: Trainer, data: Data) -> int:
     """Time a few micro-batches and print what the whole run would take."""
-    seconds = time_steps(trainer, step_loader(args, data))
+    seconds = time_steps(trainer, step_loader(args, data, trainer.world))
     num_steps = args.num_epochs * steps_per_epoch(args) - trainer.step
     rate = tokens_per_step(args) / seconds
     utilization = rate * trainer.model.flops_per_token(args.block_size) / trainer.peak_rate

@@ -3,10 +3,14 @@
 begin -> Session.train, epoch by epoch -> saved at intervals, at a signal, and at the end
 """
 
+import contextlib
+import os
 import secrets
+import traceback
 from argparse import Namespace
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,17 +29,19 @@ from checkpoint import (
     set_aside,
     temporary_path,
 )
+from distributed import LostProcessError, NoAnswerError, ProcessError, World, whole
 from tokenizer import ENCODING, DataError
 from training import (
+    PRECISIONS,
     Interrupted,
     MetricsFile,
     Step,
     StopSignal,
     Trainer,
     TrainingError,
-    check_processes,
     describe_row,
     is_out_of_memory,
+    own_device,
     resolve_device,
     resolve_precision,
 )
@@ -87,14 +93,18 @@ class Session:
     def path(self) -> Path:
         return Path(self.args.checkpoint_path)
 
+    @property
+    def world(self) -> World:
+        return self.trainer.world
+
     def run(self) -> int:
         """Train up to the last epoch, or a signal; return the exit status."""
         args, trainer = self.args, self.trainer
 
-        if not args.resume and (aside := set_aside(self.path, Path(args.metrics_path))):
-            print(f"Kept:   an earlier run, as {aside}")
+        if not args.resume and self.world.is_first:
+            keep_earlier_run(args)
 
-        with StopSignal() as stop:
+        with self.stoppable() as stop:
             try:
                 self.train(stop)
             except Interrupted as interruption:
@@ -110,12 +120,32 @@ class Session:
 
         return 0
 
+    @contextlib.contextmanager
+    def stoppable(self) -> Iterator[StopSignal]:
+        """Remember signals meanwhile, and find out what it means when a process is lost.
+
+        Raises:
+            LostProcessError: without a message when this process is to end, too.
+        """
+        with StopSignal() as stop:
+            try:
+                yield stop
+            except (RuntimeError, NoAnswerError) as error:
+                if not self.world.is_loss(error):
+                    raise
+
+                message = self.world.describe_loss(lambda: stop.number is not None)
+
+                raise LostProcessError(message) from error
+
     def train(self, stop: StopSignal) -> None:
         """Run all epochs that are left, evaluating and saving at their intervals."""
         args, trainer = self.args, self.trainer
         # The loss of a single source is that of all.
         columns = list(self.tests) if len(self.tests) > 1 else []
-        metrics = MetricsFile(Path(args.metrics_path), trainer.metrics, columns)
+
+        if self.world.is_first:
+            metrics = MetricsFile(Path(args.metrics_path), trainer.metrics, columns)
 
         for epoch in range(len(trainer.metrics) + 1, args.num_epochs + 1):
             is_last = epoch == args.num_epochs
@@ -131,8 +161,9 @@ class Session:
             by_source = {name: losses[name] for name in columns if losses}
             row = trainer.finish_epoch(test_loss, self.flops_per_token, by_source)
 
-            metrics.add(row)
-            tqdm.write(describe_row(row, args.num_epochs))
+            if self.world.is_first:
+                metrics.add(row)
+                tqdm.write(describe_row(row, args.num_epochs))
 
             if epoch % args.checkpoint_interval == 0 or is_best or is_last:
                 self.save(bool(is_best))
@@ -141,13 +172,16 @@ class Session:
         return {name: self.trainer.evaluate(test(), stop) for name, test in self.tests.items()}
 
     def save(self, is_best: bool = False) -> None:
+        """Put the state of all processes together; the first one writes it."""
         state = {
             "format_version": FORMAT_VERSION,
             "encoding": ENCODING,
-            **self.content(),
+            **whole(self.content()),
             **self.trainer.state_dict(),
         }
-        save_checkpoint(self.path, state, is_best)
+
+        if self.world.is_first:
+            save_checkpoint(self.path, state, is_best)
 
 
 def run_script(
@@ -161,39 +195,99 @@ def run_script(
 
     Args:
         check: looks at the arguments together, and raises ValueError where they do not fit.
-        run: takes the arguments, what check returned, and the device; returns the exit status.
+        run: takes the arguments, what check returned, and the processes; returns the exit status.
     """
     args, given = parser.parse(argv, presets)
+    world = World()
 
     try:
+        world = World.from_environment()
         checked = check(args)
+        check_accumulation(args, world)
         device = resolve_device(args.device if "device" in given else None)
-        check_processes(device)
+        world.device = own_device(device, world)
     except ValueError as error:
-        return fail(error, status=2)
-    except TrainingError as error:
-        return fail(error)
+        return fail(error, status=2) if world.is_first else 2
+    except (TrainingError, ProcessError) as error:
+        return fail(error) if world.is_first else 1
 
-    try:
-        return run(args, checked, device)
-    except UsageError as error:
-        return fail(error, status=2)
-    except (DataError, TrainingError, CheckpointError, OSError) as error:
-        return fail(error)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
+    world.sharding = args.sharding
+    world.timeout = timedelta(minutes=args.process_timeout)
 
-        cure = ", or add --activation_checkpointing" if "activation_checkpointing" in args else ""
+    with contextlib.ExitStack() as stack:
+        # One process speaks for all.
+        if not world.is_first:
+            silence = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(silence))
 
-        return fail(
-            f"{device} is out of memory; halve --batch_size and double"
-            f" --gradient_accumulation_steps{cure}."
+        try:
+            world.connect()
+            world.check_same("The flags", shared_flags(args))
+            status = run(args, checked, world)
+            world.disconnect()
+        except (Exception, KeyboardInterrupt) as error:
+            status, message = explain(error, args, world)
+
+            if message and world.is_first_to_fail():
+                fail(message)
+
+            # Nothing is waited for that others would have to answer.
+            if world.size > 1:
+                os._exit(status)
+
+    return status
+
+
+def explain(error: BaseException, args: Namespace, world: World) -> tuple[int, str]:
+    """Return the exit status and the line for what ended a run; raise again what nobody expected.
+
+    The line is empty where nothing is to be said.
+    """
+    expected = (DataError, TrainingError, CheckpointError, ProcessError, OSError)
+    status, message = 1, ""
+
+    if isinstance(error, Interrupted):
+        status = 128 + error.number
+    elif isinstance(error, KeyboardInterrupt):
+        status = 130
+    elif isinstance(error, UsageError):
+        status, message = 2, str(error)
+    elif isinstance(error, expected):
+        message = str(error)
+    elif world.is_loss(error):
+        message = world.describe_loss(lambda: False)
+    elif is_out_of_memory(error):
+        other = ", or add --activation_checkpointing" if "activation_checkpointing" in args else ""
+        message = (
+            f"{world.device} is out of memory; halve --batch_size and double"
+            f" --gradient_accumulation_steps{other}."
         )
-    except Interrupted as interruption:
-        return 128 + interruption.number
-    except KeyboardInterrupt:
-        return 130
+    elif world.size == 1:
+        raise error
+    elif world.is_first_to_fail():
+        traceback.print_exception(error)
+
+    return status, message
+
+
+def check_accumulation(args: Namespace, world: World) -> None:
+    """Raise ValueError when an update has no batch for every process."""
+    if args.gradient_accumulation_steps < world.size:
+        raise ValueError(
+            f"--gradient_accumulation_steps must be at least {world.size}, one batch for each"
+            f" process; {args.gradient_accumulation_steps} given"
+        )
+
+
+def shared_flags(args: Namespace) -> dict:
+    """Return the arguments that have to be the same on all machines."""
+    own = ("device", "num_dataset_processes")
+
+    return {
+        name: value
+        for name, value in vars(args).items()
+        if name not in own and not name.endswith("_path")
+    }
 
 
 def check_paths(args: Namespace) -> None:
@@ -210,7 +304,7 @@ def written_by(checkpoint_path: str) -> list[Path]:
     return [*files, *map(temporary_path, files)]
 
 
-def begin(args: Namespace, device, keys: tuple[str, ...], is_dry: bool = False) -> dict:
+def begin(args: Namespace, world: World, keys: tuple[str, ...], is_dry: bool = False) -> dict:
     """Prove that files can be written, read the checkpoint to go on from, and settle open choices.
 
     Args:
@@ -222,19 +316,49 @@ def begin(args: Namespace, device, keys: tuple[str, ...], is_dry: bool = False) 
     """
     path = Path(args.checkpoint_path)
 
-    if not is_dry:
+    if world.is_first and not is_dry:
         check_writable(path)
         check_writable(Path(args.metrics_path))
 
+    if not (is_dry or args.resume):
+        resume_after_restart(args, world)
+
     checkpoint = load_checkpoint(path, (*keys, *SHARED_KEYS)) if args.resume else {}
+    world.check_same("The checkpoints", checkpoint and (checkpoint["position"], checkpoint["seed"]))
 
     if args.seed is None:
-        args.seed = checkpoint["seed"] if checkpoint else secrets.randbelow(2**31)
+        args.seed = checkpoint["seed"] if checkpoint else draw_seed(world)
 
     if args.precision == "auto":
-        args.precision = checkpoint["precision"] if checkpoint else resolve_precision(device)
+        args.precision = checkpoint["precision"] if checkpoint else choose_precision(world)
 
     return checkpoint
+
+
+def resume_after_restart(args: Namespace, world: World) -> None:
+    """Go on by itself where torchrun has started a run again."""
+    if world.num_restarts:
+        # What is there is of this run: earlier ones were out of the way before.
+        args.resume = bool(world.from_first(Path(args.checkpoint_path).exists()))
+    elif world.max_restarts and world.is_first:
+        keep_earlier_run(args)
+
+
+def keep_earlier_run(args: Namespace) -> None:
+    if aside := set_aside(Path(args.checkpoint_path), Path(args.metrics_path)):
+        print(f"Kept:   an earlier run, as {aside}")
+
+
+def draw_seed(world: World) -> int:
+    return world.from_first(secrets.randbelow(2**31))
+
+
+def choose_precision(world: World) -> str:
+    """Return what is fast on the device of the first process, for all."""
+    names = list(PRECISIONS)
+    number = names.index(resolve_precision(world.device)) if world.is_first else 0
+
+    return names[world.from_first(number)]
 
 
 def check_resumable(
@@ -293,11 +417,24 @@ def check_same_data(found: list, saved: list) -> None:
         )
 
 
-def describe_device(trainer: Trainer, compiled: str) -> None:
+def describe_device(args: Namespace, trainer: Trainer, compiled: str) -> None:
+    world = trainer.world
+    processes = ""
+
+    if world.size > 1:
+        shared = "all state" if world.sharding == "full" else "the optimizer's state"
+        processes = f"{world.size} processes that share {shared}, each "
+
     print(
-        f"Device: {trainer.device}, {trainer.precision}, {compiled},"
+        f"Device: {processes}{trainer.device}, {trainer.precision}, {compiled},"
         f" matrix products at {trainer.peak_rate / 1e12:.2f} TFLOP/s"
     )
+
+    if args.gradient_accumulation_steps % world.size:
+        print(
+            f"Note:   an update's {args.gradient_accumulation_steps} batches are no multiple of"
+            f" {world.size} processes; some wait while others do the last ones"
+        )
 
 
 def describe_resume(trainer: Trainer) -> None:

@@ -1,5 +1,5 @@
-"""What the training scripts share: device and precision, optimizers and schedule, the pass over an
-epoch, evaluation, and the record of a run.
+"""What the training scripts share: device and precision, the pass over an epoch, evaluation, and
+the record of a run.
 
 Axes of the tensors: B samples, T tokens.
 """
@@ -24,7 +24,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-# One step of an optimizer: numbered micro-batches of token ids and targets, int64 (B, T).
+from distributed import World, are_finite, clip_gradients, spread_like
+from optimizers import Optimizers, Schedule
+
+# The part of a process in an update: numbered micro-batches of token ids and targets, int64 (B, T).
 # Targets below 0 have no loss.
 Step = list[tuple[int, Tensor, Tensor]]
 
@@ -74,22 +77,27 @@ def resolve_device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
-def check_processes(device: torch.device) -> None:
-    """Refuse what torchrun started and this machine, or this version, cannot run.
+def own_device(device: torch.device, world: World) -> torch.device:
+    """Return what one of several processes computes on.
 
     Raises:
-        ValueError: when there are more processes than GPUs, or more than one.
+        ValueError: when there is nothing for each.
     """
-    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
-    num_local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if world.size == 1 or device.type == "cpu":
+        return device
 
-    if device.type == "cuda" and num_local > torch.cuda.device_count():
+    if device.type == "mps" or device.index is not None:
         raise ValueError(
-            f"--nproc-per-node={num_local} given, there are {torch.cuda.device_count()} GPUs"
+            f"--device={device} given with {world.size} processes: each has a GPU of its own by"
+            " --device=cuda, or its share of the cores by --device=cpu"
         )
 
-    if num_processes > 1:
-        raise ValueError(f"{num_processes} processes were started, this version trains in one")
+    if world.local_size > torch.cuda.device_count():
+        raise ValueError(
+            f"--nproc-per-node={world.local_size} given, there are {torch.cuda.device_count()} GPUs"
+        )
+
+    return torch.device("cuda", world.local_rank)
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -100,6 +108,11 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def product_format(precision: str) -> torch.dtype:
+    """Return the format for the matrix products of an optimizer: fp16 has no room for them."""
+    return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 def resolve_precision(device: torch.device) -> str:
@@ -137,6 +150,11 @@ def matmul_rate(device: torch.device, precision: str) -> float:
     return 2 * size**3 / min(seconds)
 
 
+def sum_of_rates(world: World, precision: str) -> float:
+    """Return the operations a second of all devices together."""
+    return world.sum(int(matmul_rate(world.device, precision)))[0]
+
+
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -154,74 +172,6 @@ def peak_memory(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-# --- Optimizers and schedule ---
-
-
-def build_optimizers(
-    model: nn.Module, name: str, weight_decay: float, device: torch.device
-) -> list[torch.optim.Optimizer]:
-    """Build AdamW for all weights, or Muon for the hidden matrices and AdamW for the rest.
-
-    Muon (Jordan et al. 2024) makes every update of a matrix nearly orthogonal, here at the root
-    mean square of an AdamW update (Liu et al. 2025), so that one learning rate serves both.
-    AdamW decays matrices only (Loshchilov and Hutter 2019).
-    """
-    embeddings = {
-        id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
-    }
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    hidden = [p for p in trained if p.ndim == 2 and id(p) not in embeddings]
-    optimizers: list[torch.optim.Optimizer] = []
-
-    if name == "muon":
-        optimizers.append(
-            torch.optim.Muon(hidden, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-        )
-        hidden = []
-
-    rest = [p for p in trained if p.ndim == 2 and id(p) in embeddings]
-    groups = [
-        {"params": hidden + rest, "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim != 2], "weight_decay": 0.0},
-    ]
-
-    if groups := [group for group in groups if group["params"]]:
-        fused = device.type in ("cpu", "cuda")
-        optimizers.append(torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=fused))
-
-    return optimizers
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """The learning rate of every step: a linear warm-up to the peak, then a decay to the minimum.
-
-    Args:
-        kind: `linear` or `cosine` decay, or `constant`.
-    """
-
-    kind: str
-    peak: float
-    minimum: float
-    warmup_steps: int
-    total_steps: int
-
-    def __call__(self, step: int) -> float:
-        if step < self.warmup_steps:
-            return self.peak * (step + 1) / (self.warmup_steps + 1)
-
-        if self.kind == "constant":
-            return self.peak
-
-        progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
-        progress = min(progress, 1.0)
-        remaining = (
-            1 - progress if self.kind == "linear" else (1 + math.cos(math.pi * progress)) / 2
-        )
-
-        return self.minimum + (self.peak - self.minimum) * remaining
-
-
 # --- Training and evaluation ---
 
 
@@ -229,6 +179,9 @@ class StopSignal:
     """Remember SIGTERM or SIGINT until it suits; the second one ends the process at once."""
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
+    # Seconds in which further signals are the first one once more: a cluster that ends a job sends
+    # it to torchrun and to its processes, and torchrun sends it to these again.
+    ECHO = 5.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
 
     def __enter__(self) -> "StopSignal":
         self.number = None
@@ -241,37 +194,35 @@ class StopSignal:
             signal.signal(number, handler)
 
     def handle(self, number: int, _) -> None:
-        if self.number is not None:
+        if self.number is None:
+            self.number, self.came = number, time.monotonic()
+        elif time.monotonic() - self.came >= self.ECHO:
             os._exit(128 + number)
-
-        self.number = number
-
-    def check(self) -> None:
-        """Raise Interrupted when a signal has come."""
-        if self.number is not None:
-            raise Interrupted(self.number)
 
 
 @dataclass
 class Trainer:
     """All that a resumed run needs, and the moves that change it.
 
+    Every process of a run has one, and makes the same moves at the same time.
+
     Args:
         model: returns the mean loss per target in nats from ids and targets.
-        optimizers: together they step every trained weight once.
+        network: what learns: the model, or what World.prepare has made of it.
         schedule: learning rate by the number of the step.
         precision: bf16, fp16 or fp32.
         seed: with the number of a micro-batch it decides every random number.
     """
 
     model: nn.Module
-    optimizers: list[torch.optim.Optimizer]
+    network: nn.Module
+    optimizers: Optimizers
     schedule: Schedule
-    device: torch.device
+    world: World
     precision: str
     seed: int
     max_gradient_norm: float
-    # Operations a second of the device's matrix products; the metrics give the share of it.
+    # Operations a second of all devices' matrix products; the metrics give the share of it.
     peak_rate: float
 
     step: int = 0
@@ -283,6 +234,7 @@ class Trainer:
     norm_sum: float = 0.0
     num_steps: int = 0
     seconds: float = 0.0
+    is_rehearsed: bool = False
 
     def __post_init__(self):
         # MKL picks its kernel of exp at the first call. When several threads make that call at
@@ -291,6 +243,10 @@ class Trainer:
         torch.zeros(1).exp()
 
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+
+    @property
+    def device(self) -> torch.device:
+        return self.world.device
 
     def train_epoch(
         self, load_step: Callable[[int], Step], last_step: int, stop: StopSignal
@@ -310,8 +266,11 @@ class Trainer:
         started = before = time.perf_counter()
         tokens_before = self.tokens
 
-        with tqdm(steps, desc=description, unit="step", leave=False) as progress:
+        with self.progress(steps, description, "step") as progress:
             for step in prefetch(load_step, steps, self.device):
+                if not self.is_rehearsed:
+                    self.rehearse(step)
+
                 loss, norm = self.take_step(step, stop)
 
                 self.loss_sum += loss
@@ -326,55 +285,91 @@ class Trainer:
                 progress.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s", refresh=False)
                 progress.update()
 
+    def progress(self, items: Iterable, description: str, unit: str) -> tqdm:
+        is_silent = not self.world.is_first
+
+        return tqdm(items, desc=description, unit=unit, leave=False, disable=is_silent)
+
+    def rehearse(self, step: Step) -> None:
+        """Let the processes send gradients of zero.
+
+        By the order in which the first ones come the others are bundled. Without a rehearsal a run
+        that is resumed would add them up in another order than one that was not interrupted.
+        """
+        if self.network is not self.model:
+            _, x, y = step[0]
+            x, y = x.to(self.device), torch.full_like(y, -1, device=self.device)
+
+            with autocast(self.device, self.precision):
+                loss = self.network(x, y)
+
+            loss.backward()
+            self.optimizers.zero_grad()
+
+        self.is_rehearsed = True
+
     def take_step(self, step: Step, stop: StopSignal) -> tuple[float, float]:
         """Update the weights once from all micro-batches; return loss and gradient norm."""
-        loss = self.accumulate_gradient(step, stop)
+        loss, num_tokens = self.accumulate_gradient(step, stop)
 
-        for optimizer in self.optimizers:
-            self.scaler.unscale_(optimizer)
-            for group in optimizer.param_groups:
-                group["lr"] = self.schedule(self.step)
-
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_gradient_norm)
+        self.optimizers.unscale(self.scaler)
+        norm = clip_gradients(self.model, self.max_gradient_norm)
         # The only wait for the device in a step.
         loss, norm = torch.stack([loss, norm]).tolist()
         self.check_finite(loss, norm)
 
-        for optimizer in self.optimizers:
-            # The scaler watches over each optimizer's own gradients; the norm is that of all.
-            if math.isfinite(norm):
-                self.scaler.step(optimizer)
+        if math.isfinite(norm):
+            self.optimizers.step(self.scaler, self.schedule(self.step))
+            self.scaler.update()
+        else:
+            # An overflow that one process alone has seen is one of all.
+            self.scaler.update(self.scaler.get_scale() * self.scaler.get_backoff_factor())
 
-            optimizer.zero_grad(set_to_none=True)
-
-        self.scaler.update()
+        self.optimizers.zero_grad()
         self.step += 1
-        self.tokens += sum(x.numel() for _, x, _ in step)
+        self.tokens += num_tokens
 
         return loss, norm
 
-    def accumulate_gradient(self, step: Step, stop: StopSignal) -> Tensor:
-        """Add up the gradient of the mean loss over all targets of a step; return that loss."""
+    def accumulate_gradient(self, step: Step, stop: StopSignal) -> tuple[Tensor, int]:
+        """Add up the gradient of the mean loss over all targets of an update, of all processes.
+
+        Returns:
+            That loss, and the number of tokens that were read.
+        """
         counts = [int((y >= 0).sum()) for _, _, y in step]
-        num_targets = max(1, sum(counts))
+        # A micro-batch without targets is there for company alone.
+        sizes = [x.numel() for (_, x, _), count in zip(step, counts, strict=True) if count]
+        num_targets, num_tokens = self.world.sum(sum(counts), sum(sizes))
+        # Gradients are averaged over processes, and here they are to be added up.
+        scale = self.world.size / max(1, num_targets)
         total = torch.zeros((), device=self.device)
 
-        for (number, x, y), count in zip(step, counts, strict=True):
-            if stop.number is not None:
+        for index, ((number, x, y), count) in enumerate(zip(step, counts, strict=True)):
+            try:
+                self.check(stop)
+            except Interrupted:
                 self.model.zero_grad(set_to_none=True)
-                stop.check()
+                raise
 
             torch.manual_seed(random_seed(self.seed, number))
 
             x, y = (part.to(self.device, non_blocking=True) for part in (x, y))
 
-            with autocast(self.device, self.precision):
-                loss = self.model(x, y) * (count / num_targets)
+            with self.world.postpone_reduction(self.network, index == len(step) - 1):
+                with autocast(self.device, self.precision):
+                    loss = self.network(x, y) * (count * scale)
 
-            self.scaler.scale(loss).backward()
+                self.scaler.scale(loss).backward()
+
             total += loss.detach()
 
-        return total
+        return self.world.reduce(total / self.world.size), num_tokens
+
+    def check(self, stop: StopSignal) -> None:
+        """Raise Interrupted, in all processes at once, when a signal has come to one of them."""
+        if number := self.world.max(stop.number or 0):
+            raise Interrupted(number)
 
     def check_finite(self, loss: float, norm: float) -> None:
         """Raise TrainingError unless loss and gradient may reach the optimizers."""
@@ -402,9 +397,9 @@ class Trainer:
         self.model.eval()
         total, num_targets = torch.zeros((), device=self.device), 0
 
-        for x, y in tqdm(batches, desc="Testing", unit="batch", leave=False):
-            stop.check()
-            count = int((y >= 0).sum())
+        for (x, y), is_own in self.progress(self.world.share(batches), "Testing", "batch"):
+            self.check(stop)
+            count = int((y >= 0).sum()) if is_own else 0
             x, y = x.to(self.device), y.to(self.device)
 
             with autocast(self.device, self.precision):
@@ -412,7 +407,7 @@ class Trainer:
 
             num_targets += count
 
-        return total.item() / num_targets
+        return self.world.reduce(total).item() / self.world.sum(num_targets)[0]
 
     def finish_epoch(
         self, test_loss: float | None, flops: float, source_losses: dict[str, float]
@@ -455,17 +450,19 @@ class Trainer:
     def state_dict(self) -> dict:
         """Return all that a resumed run needs beside the weights: tensors, strings and numbers.
 
+        Complete on the first process alone.
+
         Raises:
             TrainingError: when a weight is not finite, and so nothing that a run should resume.
         """
-        if not all(torch.stack([p.isfinite().all() for p in self.model.parameters()]).tolist()):
+        if self.world.max(not are_finite(self.model.parameters())):
             raise TrainingError(
                 f"A weight is not a finite number after update {self.step}; earlier checkpoints"
                 " are untouched. Go on with --resume and a lower --learning_rate."
             )
 
         return {
-            "optimizer": [optimizer.state_dict() for optimizer in self.optimizers],
+            "optimizer": self.optimizers.state_dict(),
             "scaler": self.scaler.state_dict(),
             "position": self.step,
             "tokens": self.tokens,
@@ -481,16 +478,10 @@ class Trainer:
         Raises:
             TrainingError: when the optimizers are not those of this run.
         """
-        if len(state["optimizer"]) != len(self.optimizers):
-            raise TrainingError("The checkpoint comes from another --optimizer.")
-
-        for optimizer, optimizer_state in zip(self.optimizers, state["optimizer"], strict=True):
-            # What is set by flags and by the device is that of this run.
-            chosen = [{**group, "params": None} for group in optimizer.param_groups]
-            optimizer.load_state_dict(optimizer_state)
-
-            for group, values in zip(optimizer.param_groups, chosen, strict=True):
-                group.update({key: value for key, value in values.items() if key != "params"})
+        try:
+            self.optimizers.load_state_dict(state["optimizer"])
+        except ValueError as error:
+            raise TrainingError("The checkpoint comes from another --optimizer.") from error
 
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
@@ -499,6 +490,25 @@ class Trainer:
         self.tokens = state["tokens"]
         self.metrics = state["metrics"]
         self.loss_sum, self.norm_sum, self.num_steps, self.seconds = state["epoch"]
+
+
+def load_share(
+    numbers: Iterable[int], load: Callable[[int], tuple[Tensor, Tensor]], world: World
+) -> Step:
+    """Load those micro-batches of an update that are this process's part of it.
+
+    All processes get as many; what only fills up has no targets.
+
+    Args:
+        load: returns token ids and targets of a micro-batch by its number.
+    """
+    step = []
+
+    for number, is_own in world.share(numbers):
+        x, y = load(number)
+        step.append((number, x, y if is_own else torch.full_like(y, -1)))
+
+    return step
 
 
 def autocast(device: torch.device, precision: str):
@@ -565,7 +575,7 @@ def load_weights(expected: dict[str, Tensor], given: dict[str, Tensor]) -> None:
             )
 
     for name, tensor in expected.items():
-        tensor.copy_(given[name])
+        tensor.copy_(spread_like(given[name], tensor))
 
 
 def compile_model(model: nn.Module, device: torch.device, is_dynamic: bool = False) -> str:

@@ -21,16 +21,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from data import InstructionBatches
+from distributed import World
 from lora import add_lora
 from model import GPT
+from optimizers import Optimizers, Schedule
 from rows import StandardLibraryFunctions, load_examples
 from training import (
     PRECISIONS,
-    Schedule,
     StopSignal,
     Trainer,
     autocast,
-    build_optimizers,
     compile_model,
     peak_memory,
     resolve_device,
@@ -59,11 +59,13 @@ def ours(device: torch.device, precision: str, use_compiler: bool):
     if use_compiler:
         compile_model(model, device, is_dynamic=True)
 
+    world = World(device=device)
     trainer = Trainer(
         model,
-        build_optimizers(model, "adamw", 0.0, device),
+        model,
+        Optimizers(model, "adamw", 0.0, world),
         Schedule("constant", 1e-4, 0.0, 0, 1),
-        device,
+        world,
         precision,
         0,
         1.0,

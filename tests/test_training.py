@@ -11,16 +11,17 @@ import torch.nn.functional as F
 from torch import nn
 
 import training
+from distributed import World
 from model import GPT
+from optimizers import Optimizers, Schedule
 from training import (
     Interrupted,
     MetricsFile,
-    Schedule,
     StopSignal,
     Trainer,
     TrainingError,
-    build_optimizers,
     load_weights,
+    own_device,
     prefetch,
     random_seed,
     resolve_device,
@@ -46,9 +47,15 @@ def make_trainer(model=None, precision="fp32", learning_rate=0.1) -> Trainer:
     torch.manual_seed(0)
     model = model or Line()
     schedule = Schedule("constant", learning_rate, 0.0, 0, 10)
-    optimizers = build_optimizers(model, "adamw", 0.1, CPU)
 
-    return Trainer(model, optimizers, schedule, CPU, precision, 1, 1.0, peak_rate=1e12)
+    return build(model, "adamw", schedule, precision)
+
+
+def build(model, optimizer, schedule, precision) -> Trainer:
+    world = World()
+    optimizers = Optimizers(model, optimizer, 0.1, world)
+
+    return Trainer(model, model, optimizers, schedule, world, precision, 1, 1.0, peak_rate=1e12)
 
 
 def make_step(num_batches=3, first=0):
@@ -70,58 +77,13 @@ def stop():
         yield stop
 
 
-@pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
-def test_schedule(kind):
-    schedule = Schedule(kind, peak=1.0, minimum=0.1, warmup_steps=4, total_steps=104)
-    rates = [schedule(step) for step in range(105)]
-
-    assert rates[:4] == [0.2, 0.4, 0.6, 0.8]
-    assert rates[4] == 1.0
-    middle = {"linear": 0.55, "cosine": 0.55, "constant": 1.0}[kind]
-    assert rates[54] == pytest.approx(middle)
-    assert rates[29] == pytest.approx(
-        {"linear": 0.775, "cosine": 0.1 + 0.9 * (2 + math.sqrt(2)) / 4, "constant": 1.0}[kind]
-    )
-    assert rates[104] == pytest.approx(1.0 if kind == "constant" else 0.1)
-    assert schedule(9999) == rates[104]
-
-
-def test_every_weight_has_one_optimizer_and_only_matrices_decay():
-    model = GPT(300, 8, 16, 2, 2, bias=True)
-    names = {id(p): name for name, p in model.named_parameters()}
-
-    for optimizer in ("adamw", "muon"):
-        optimizers = build_optimizers(model, optimizer, 0.1, CPU)
-        groups = [group for each in optimizers for group in each.param_groups]
-        found = sorted(names[id(p)] for group in groups for p in group["params"])
-        undecayed = {
-            names[id(p)] for group in groups if not group["weight_decay"] for p in group["params"]
-        }
-
-        assert found == sorted(names.values())
-        assert undecayed == {name for name, p in model.named_parameters() if p.ndim == 1}
-
-    muon, _ = optimizers
-    assert {names[id(p)] for p in muon.param_groups[0]["params"]} == {
-        name for name, p in model.named_parameters() if p.ndim == 2 and name.startswith("blocks")
-    }
-
-
-def test_frozen_weights_have_no_optimizer():
-    model = GPT(300, 8, 16, 2, 1)
-    model.token_embeddings.requires_grad_(False)
-    groups = build_optimizers(model, "adamw", 0.1, CPU)[0].param_groups
-
-    assert all(p.requires_grad for group in groups for p in group["params"])
-
-
 def test_accumulated_gradient_is_that_of_the_whole_batch(stop):
     """Also where micro-batches have different numbers of targets."""
     step = make_step()
     step[0][2][0] = -100
     step[2][2][1, 3] = -100
     trainer = make_trainer()
-    loss = trainer.accumulate_gradient(step, stop)
+    loss, num_tokens = trainer.accumulate_gradient(step, stop)
     given = [p.grad.clone() for p in trainer.model.parameters()]
 
     trainer.model.zero_grad()
@@ -129,6 +91,7 @@ def test_accumulated_gradient_is_that_of_the_whole_batch(stop):
     whole.backward()
 
     torch.testing.assert_close(loss, whole.detach())
+    assert num_tokens == 24
     for gradient, parameter in zip(given, trainer.model.parameters(), strict=True):
         torch.testing.assert_close(gradient, parameter.grad)
 
@@ -231,9 +194,7 @@ def test_fp16_skips_an_overflow_and_scales_less(stop):
 def test_fp16_overflow_in_one_optimizer_stops_the_others(stop, name, value):
     torch.manual_seed(0)
     model = GPT(300, 8, 16, 2, 1)
-    optimizers = build_optimizers(model, "muon", 0.1, CPU)
-    schedule = Schedule("constant", 0.1, 0.0, 0, 10)
-    trainer = Trainer(model, optimizers, schedule, CPU, "fp16", 1, 1.0, peak_rate=1e12)
+    trainer = build(model, "muon", Schedule("constant", 0.1, 0.0, 0, 10), "fp16")
     before = [p.clone() for p in model.parameters()]
     model.get_parameter(name).register_hook(lambda gradient: gradient * value)
     trainer.take_step(make_step(), stop)
@@ -382,17 +343,27 @@ def test_device_that_is_not_there_is_refused(monkeypatch):
         resolve_device("tpu")
 
 
-def test_more_processes_than_can_run_are_refused(monkeypatch):
-    training.check_processes(CPU)
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+@pytest.mark.parametrize(
+    ("device", "size", "message"),
+    [
+        ("cuda", 4, "--nproc-per-node=4 given, there are 2 GPUs"),
+        ("cuda:1", 2, "--device=cuda:1 given with 2 processes"),
+        ("mps", 2, "--device=mps given with 2 processes"),
+    ],
+)
+def test_more_processes_than_can_run_are_refused(monkeypatch, device, size, message):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
 
-    with pytest.raises(ValueError, match="--nproc-per-node=4 given, there are 2 GPUs"):
-        training.check_processes(torch.device("cuda"))
+    with pytest.raises(ValueError, match=message):
+        own_device(torch.device(device), World(0, size, 0, size))
 
-    with pytest.raises(ValueError, match="4 processes were started, this version trains in one"):
-        training.check_processes(CPU)
+
+def test_every_process_has_its_own_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
+    assert own_device(torch.device("cuda:1"), World()) == torch.device("cuda:1")
+    assert own_device(torch.device("cuda"), World(3, 4, 1, 2)) == torch.device("cuda:1")
+    assert own_device(CPU, World(1, 4, 1, 4)) == CPU
 
 
 @pytest.mark.parametrize(("capability", "precision"), [((9, 0), "bf16"), ((7, 5), "fp16")])

@@ -1,0 +1,371 @@
+"""One run on several processes, as torchrun starts them: which is which, and what they agree on.
+
+Gradients and weights travel by a process group of the device (NCCL, or gloo on a CPU). What the
+processes agree on, such as that it is time to stop, travels by one of its own on the CPU.
+
+W is the number of processes.
+"""
+
+import contextlib
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import islice
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+T = TypeVar("T")
+
+# As good as none: how long to wait is decided where it is waited.
+NO_TIMEOUT = timedelta(days=365)
+# Seconds that torchrun has to end this process, before it speaks of another that was lost.
+PATIENCE = 5.0
+
+
+class ProcessError(Exception):
+    """The processes of a run cannot work together; the message is one line for the user."""
+
+
+class LostProcessError(ProcessError):
+    """Another process ended, or does not answer; without a message where others tell it."""
+
+
+class NoAnswerError(Exception):
+    """The processes did not come together in time."""
+
+
+@dataclass
+class World:
+    """The processes of a run, seen from one of them. By default it is the only one.
+
+    Args:
+        rank: its number, from 0.
+        size: how many there are.
+        local_rank: its number on its machine.
+        local_size: how many are on its machine.
+        num_restarts: how often torchrun has started them again.
+        max_restarts: how often it may.
+        device: what it computes on.
+        sharding: `optimizer`, or `full` for weights and gradients too.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    num_restarts: int = 0
+    max_restarts: int = 0
+    device: torch.device = torch.device("cpu")
+    sharding: str = "optimizer"
+    timeout: timedelta = timedelta(minutes=10)
+
+    @classmethod
+    def from_environment(cls) -> "World":
+        """Read where torchrun has put this process.
+
+        Raises:
+            ProcessError: when the variables contradict themselves.
+        """
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        given = {name: os.environ[name] for name in names if name in os.environ}
+
+        if not given.keys() & {"RANK", "WORLD_SIZE"}:
+            return cls()
+
+        try:
+            rank, size = int(given["RANK"]), int(given["WORLD_SIZE"])
+            local_rank = int(given.get("LOCAL_RANK", rank))
+            local_size = int(given.get("LOCAL_WORLD_SIZE", size))
+            is_valid = 0 <= rank < size and 0 <= local_rank < local_size <= size
+        except (KeyError, ValueError):
+            is_valid = False
+
+        if not is_valid:
+            text = ", ".join(f"{name}={value}" for name, value in given.items())
+            raise ProcessError(f"{text} is no place among processes; start them with torchrun.")
+
+        num_restarts, max_restarts = (
+            int(os.environ.get(f"TORCHELASTIC_{name}", "0"))
+            for name in ("RESTART_COUNT", "MAX_RESTARTS")
+        )
+
+        return cls(rank, size, local_rank, local_size, num_restarts, max_restarts)
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def connect(self) -> None:
+        """Meet the other processes.
+
+        Raises:
+            ProcessError: when that fails.
+        """
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+
+        if self.size == 1:
+            return
+
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+
+        try:
+            self.store, _, _ = next(dist.rendezvous("env://", timeout=self.timeout))
+            dist.init_process_group(
+                backend,
+                store=self.store,
+                rank=self.rank,
+                world_size=self.size,
+                timeout=self.timeout,
+                device_id=self.device if backend == "nccl" else None,
+            )
+            self.control = dist.new_group(backend="gloo", timeout=NO_TIMEOUT)
+        except (RuntimeError, ValueError) as error:
+            is_taken = "EADDRINUSE" in str(error)
+            cause = "the port is in use; choose another MASTER_PORT" if is_taken else "no answer"
+            raise ProcessError(
+                f"Process {self.rank} of {self.size} found no meeting at {address}: {cause}."
+            ) from error
+
+    def disconnect(self) -> None:
+        """Leave together: who leaves early can take the connections of others along."""
+        if self.size > 1:
+            self.max(0)
+            dist.destroy_process_group()
+
+    # --- What all agree on ---
+
+    def max(self, number: int) -> int:
+        """Return the greatest of the numbers that the processes give."""
+        return self.exchange([number], dist.ReduceOp.MAX)[0]
+
+    def sum(self, *numbers: int) -> list[int]:
+        """Return the sum over the processes of every number that they give."""
+        return self.exchange(numbers, dist.ReduceOp.SUM)
+
+    def from_first(self, number: int) -> int:
+        """Return the number that the first process gives."""
+        return self.sum(number if self.is_first else 0)[0]
+
+    def check_same(self, subject: str, value: object) -> None:
+        """Raise ProcessError unless all processes give the same value."""
+        digest = int(hashlib.sha256(repr(value).encode()).hexdigest()[:15], 16)
+
+        if self.max(digest) != -self.max(-digest):
+            raise ProcessError(
+                f"{subject} differ between processes; start all machines with the same command, on"
+                " the same files."
+            )
+
+    def exchange(self, numbers: Iterable[int], operation) -> list[int]:
+        """Reduce numbers over all processes; give in when one does not answer in time."""
+        tensor = torch.tensor(list(numbers), dtype=torch.int64)
+
+        if self.size > 1:
+            work = dist.all_reduce(tensor, operation, group=self.control, async_op=True)
+            self.wait_for(work, self.timeout.total_seconds())
+
+        return tensor.tolist()
+
+    def wait_for(self, work: dist.Work, seconds: float) -> None:
+        """Wait in Python, and not in the library, where a signal would not be heard."""
+        deadline = time.monotonic() + seconds
+        pause = 1e-5
+
+        while not work.is_completed():
+            if time.monotonic() > deadline:
+                raise NoAnswerError
+
+            time.sleep(pause)
+            pause = min(2 * pause, 0.01)
+
+        work.wait()
+
+    @contextlib.contextmanager
+    def one_per_machine_first(self) -> Iterator[None]:
+        """Let the first process of every machine pass, however long it takes; then the others."""
+        if self.local_rank:
+            self.wait_for_all()
+
+        yield
+
+        if not self.local_rank:
+            self.wait_for_all()
+
+    def wait_for_all(self) -> None:
+        if self.size > 1:
+            work = dist.barrier(group=self.control, async_op=True)
+            self.wait_for(work, NO_TIMEOUT.total_seconds())
+
+    # --- Who does what ---
+
+    def share(self, items: Iterable[T]) -> Iterator[tuple[T, bool]]:
+        """Yield every W-th item, and whether it is this process's own.
+
+        All processes get as many: where nothing is left for one, it gets another's.
+        """
+        items = iter(items)
+
+        while group := list(islice(items, self.size)):
+            is_own = self.rank < len(group)
+
+            yield group[self.rank if is_own else 0], is_own
+
+    def prepare(self, model: nn.Module, layers: Iterable[nn.Module]) -> nn.Module:
+        """Bring a model to the device, as one of several that learn together.
+
+        Returns:
+            What to call for the loss that it learns by.
+
+        Args:
+            layers: the parts whose weights are brought together, used, and dropped again, one
+                after the other, where `sharding` is full.
+        """
+        if self.size > 1 and self.sharding == "full":
+            mesh = init_device_mesh(self.device.type, (self.size,))
+
+            for layer in layers:
+                fully_shard(layer, mesh=mesh)
+
+            return fully_shard(model, mesh=mesh)
+
+        model.to(self.device)
+
+        if self.size == 1:
+            return model
+
+        # The wrapper would cut compiled layers where its buckets end.
+        torch._dynamo.config.optimize_ddp = False
+
+        return DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+    def postpone_reduction(self, network: nn.Module, is_last: bool):
+        """Return a context in which gradients are added up here, and sent with the last batch.
+
+        Where the gradients are sharded each batch has to send its own: there is no room to keep
+        them.
+        """
+        if is_last or not isinstance(network, DistributedDataParallel):
+            return contextlib.nullcontext()
+
+        return network.no_sync()
+
+    def reduce(self, tensor: Tensor) -> Tensor:
+        """Add up a tensor over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+
+        return tensor
+
+    # --- When it goes wrong ---
+
+    def is_loss(self, error: Exception) -> bool:
+        """Tell whether an error means that another process is gone."""
+        is_remote = isinstance(error, NoAnswerError | dist.DistError)
+
+        return self.size > 1 and (is_remote or "gloo" in str(error))
+
+    def describe_loss(self, is_stopped: Callable[[], bool]) -> str:
+        """Say which processes do not answer; empty when this one is to end, so that another will.
+
+        Whoever dies is told by torchrun, which then ends the others.
+
+        Args:
+            is_stopped: tells whether a signal has come.
+        """
+        deadline = time.monotonic() + PATIENCE
+        self.ask_store(lambda store: store.set(f"alive/{self.rank}", ""), None)
+
+        while time.monotonic() < deadline:
+            if is_stopped():
+                return ""
+
+            time.sleep(0.05)
+
+        def find_lost(store: dist.Store) -> list[int]:
+            return [r for r in range(self.size) if not store.check([f"alive/{r}"])]
+
+        numbers = ", ".join(map(str, self.ask_store(find_lost, [])))
+        lost = f"Process {numbers} of {self.size}" if numbers else "Another process"
+
+        return f"{lost} ended or does not answer."
+
+    def is_first_to_fail(self) -> bool:
+        """Tell whether no other process has failed so far: what follows from that is not news."""
+        if self.size == 1 or not hasattr(self, "store"):
+            return self.is_first
+
+        return self.ask_store(lambda store: store.add("failures", 1), 1) == 1
+
+    def ask_store(self, question: Callable[[dist.Store], T], default: T) -> T:
+        """Ask what the processes have met at; it can be gone, or hang, like the rest."""
+        answers = []
+
+        def ask() -> None:
+            with contextlib.suppress(RuntimeError):
+                answers.append(question(self.store))
+
+        thread = threading.Thread(target=ask, daemon=True)
+        thread.start()
+        thread.join(PATIENCE)
+
+        return answers[0] if answers else default
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return isinstance(model, FSDPModule)
+
+
+def whole(value):
+    """Put together what is spread over processes, in tensors or containers of them.
+
+    All processes have to call it; what was spread comes to the first one alone, on its CPU.
+    """
+    if isinstance(value, DTensor):
+        tensor = value.full_tensor()
+
+        return tensor.cpu() if dist.get_rank() == 0 else None
+
+    if isinstance(value, dict):
+        return {key: whole(item) for key, item in value.items()}
+
+    if isinstance(value, list):
+        return [whole(item) for item in value]
+
+    return value
+
+
+def spread_like(tensor: Tensor, model: Tensor) -> Tensor:
+    """Return this process's part of a whole tensor, if model is spread over processes."""
+    if not isinstance(model, DTensor):
+        return tensor
+
+    return distribute_tensor(
+        tensor.to(model.device), model.device_mesh, model.placements, src_data_rank=None
+    )
+
+
+def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
+    """Scale gradients down to a norm of max_norm at most; return what it was."""
+    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def are_finite(tensors: Iterable[Tensor]) -> bool:
+    """Tell whether this process's parts of tensors hold finite numbers alone."""
+    parts = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+
+    return all(torch.stack([part.isfinite().all() for part in parts]).tolist())
