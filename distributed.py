@@ -11,6 +11,7 @@ import hashlib
 import os
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -122,7 +123,8 @@ class World:
         backend = "nccl" if self.device.type == "cuda" else "gloo"
 
         try:
-            self.store, _, _ = next(dist.rendezvous("env://", timeout=self.timeout))
+            store, _, _ = next(dist.rendezvous("env://", timeout=self.timeout))
+            self.store = dist.PrefixStore(self.agree_on_name(store), store)
             dist.init_process_group(
                 backend,
                 store=self.store,
@@ -132,12 +134,46 @@ class World:
                 device_id=self.device if backend == "nccl" else None,
             )
             self.control = dist.new_group(backend="gloo", timeout=NO_TIMEOUT)
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, NoAnswerError) as error:
             is_taken = "EADDRINUSE" in str(error)
             cause = "the port is in use; choose another MASTER_PORT" if is_taken else "no answer"
             raise ProcessError(
                 f"Process {self.rank} of {self.size} found no meeting at {address}: {cause}."
             ) from error
+
+    def agree_on_name(self, store: dist.Store) -> str:
+        """Find a name for the part of a store that no earlier start has written to.
+
+        torchrun keeps one store when it starts processes again, and what it says of those that
+        ended would be believed. How often it did so is no such name: machines count for themselves.
+        So the first process answers each of the others, by a word that is new.
+        """
+        word = uuid.uuid4().hex
+        greeting = "hello/{}".format
+        store.set(greeting(self.rank), word)
+
+        if not self.is_first:
+            self.wait_until(lambda: store.check([word]))
+            name = store.get(word).decode()
+            store.set(f"{name}/{self.rank}", "")
+
+            return name
+
+        missing = set(range(1, self.size))
+
+        def answer() -> bool:
+            for rank in sorted(missing):
+                if store.check([greeting(rank)]):
+                    store.set(store.get(greeting(rank)).decode(), word)
+
+                if store.check([f"{word}/{rank}"]):
+                    missing.remove(rank)
+
+            return not missing
+
+        self.wait_until(answer)
+
+        return word
 
     def disconnect(self) -> None:
         """Leave together: who leaves early can take the connections of others along."""
@@ -175,23 +211,22 @@ class World:
 
         if self.size > 1:
             work = dist.all_reduce(tensor, operation, group=self.control, async_op=True)
-            self.wait_for(work, self.timeout.total_seconds())
+            self.wait_until(work.is_completed)
+            work.wait()
 
         return tensor.tolist()
 
-    def wait_for(self, work: dist.Work, seconds: float) -> None:
+    def wait_until(self, is_done: Callable[[], bool], timeout: timedelta | None = None) -> None:
         """Wait in Python, and not in the library, where a signal would not be heard."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + (timeout or self.timeout).total_seconds()
         pause = 1e-5
 
-        while not work.is_completed():
+        while not is_done():
             if time.monotonic() > deadline:
                 raise NoAnswerError
 
             time.sleep(pause)
             pause = min(2 * pause, 0.01)
-
-        work.wait()
 
     @contextlib.contextmanager
     def one_per_machine_first(self) -> Iterator[None]:
@@ -207,7 +242,8 @@ class World:
     def wait_for_all(self) -> None:
         if self.size > 1:
             work = dist.barrier(group=self.control, async_op=True)
-            self.wait_for(work, NO_TIMEOUT.total_seconds())
+            self.wait_until(work.is_completed, NO_TIMEOUT)
+            work.wait()
 
     # --- Who does what ---
 

@@ -124,7 +124,7 @@ def test_place_is_read_from_the_environment(monkeypatch):
 
 # --- The same run on any number ---
 
-CUT = "optimizers.SharedOptimizer.MAX_SIZE = 1000"
+CUT = "optimizers.SharedOptimizer.MAX_SIZE = 100_000"
 
 # SIGTERM to the last process alone, inside an epoch.
 STOP = """
