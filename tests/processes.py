@@ -8,6 +8,9 @@ import signal
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+from conftest import assert_same
 from torch.distributed import TCPStore
 
 ROOT = Path(__file__).parent.parent
@@ -98,3 +101,37 @@ def work(argv, rank, size, port, folder, script, patch, env):
     namespace["script"] = importlib.import_module(script)
     exec(patch, namespace)
     sys.exit(namespace["script"].main(argv))
+
+
+def finished(group: Group, name: str = "checkpoint.pt") -> dict:
+    """Wait for a run that ends well; return its checkpoint."""
+    statuses = group.wait()
+    assert statuses == [0] * len(statuses), group.errors
+
+    return torch.load(group.folder / name, weights_only=True)
+
+
+def assert_close_runs(left: dict, right: dict) -> None:
+    """Compare the checkpoints of runs on different numbers of processes."""
+    assert left["position"] == right["position"]
+    assert left["tokens"] == right["tokens"]
+
+    for key in {"model", "lora"} & left.keys():
+        assert left[key].keys() == right[key].keys()
+
+        for name, weight in left[key].items():
+            torch.testing.assert_close(right[key][name], weight, atol=1e-5, rtol=0)
+
+    for one, other in zip(left["optimizer"], right["optimizer"], strict=True):
+        assert one["state"].keys() == other["state"].keys()
+        assert_same(one["param_groups"], other["param_groups"])
+
+        for number, values in one["state"].items():
+            assert values.keys() == other["state"][number].keys()
+            for name, value in values.items():
+                torch.testing.assert_close(other["state"][number][name], value, atol=1e-5, rtol=0)
+
+    for row, other in zip(left["metrics"], right["metrics"], strict=True):
+        assert row["train_loss"] == pytest.approx(other["train_loss"], abs=1e-5)
+        assert row["test_loss"] == pytest.approx(other["test_loss"], abs=1e-5)
+        assert row["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=1e-4)

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 import torch
-from conftest import assert_same, assert_same_run
-from processes import Group
+from conftest import assert_same_run
+from processes import Group, assert_close_runs, finished
 
 from distributed import ProcessError, World
 from training import load_share
@@ -29,36 +29,6 @@ def run(small, tmp_path):
         return Group(small(*flags, *extra, out=out), size, out, patch=patch, env=env)
 
     return start
-
-
-def finished(group: Group) -> dict:
-    statuses = group.wait()
-    assert statuses == [0] * len(statuses), group.errors
-
-    return torch.load(group.folder / "checkpoint.pt", weights_only=True)
-
-
-def assert_close_runs(left: dict, right: dict) -> None:
-    """Compare the checkpoints of runs on different numbers of processes."""
-    assert left["position"] == right["position"]
-    assert left["tokens"] == right["tokens"]
-
-    for name, weight in left["model"].items():
-        torch.testing.assert_close(right["model"][name], weight, atol=1e-5, rtol=0)
-
-    for one, other in zip(left["optimizer"], right["optimizer"], strict=True):
-        assert one["state"].keys() == other["state"].keys()
-        assert_same(one["param_groups"], other["param_groups"])
-
-        for number, values in one["state"].items():
-            assert values.keys() == other["state"][number].keys()
-            for name, value in values.items():
-                torch.testing.assert_close(other["state"][number][name], value, atol=1e-5, rtol=0)
-
-    for row, other in zip(left["metrics"], right["metrics"], strict=True):
-        assert row["train_loss"] == pytest.approx(other["train_loss"], abs=1e-5)
-        assert row["test_loss"] == pytest.approx(other["test_loss"], abs=1e-5)
-        assert row["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=1e-4)
 
 
 # --- Who does what ---
@@ -279,13 +249,10 @@ def test_batches_that_do_not_divide_are_told(run):
     finished(group)
 
     assert "4 batches are no multiple of 3 processes; some wait" in group.output()
-    assert "no multiple" not in finished_output(run(2, "--num_epochs=1"))
 
-
-def finished_output(group: Group) -> str:
+    group = run(2, "--num_epochs=1")
     finished(group)
-
-    return group.output()
+    assert "no multiple" not in group.output()
 
 
 def test_port_that_is_taken_is_named(small, error_of, monkeypatch):

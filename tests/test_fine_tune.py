@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import assert_same_run, finish, launch
 from hub_server import parquet_rows, serve
+from processes import Group, assert_close_runs, finished
 from test_pre_train import KILL_AT, SIGNAL_AT, read
 
 from checkpoint import build_model, load_checkpoint, save_checkpoint
@@ -479,3 +480,46 @@ def test_a_loading_script_is_not_run_and_its_conversion_taken(small, tmp_path):
     assert status == 0, errors
     assert "Data:   some/rows, " in output
     assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    ("size", "flags"),
+    [
+        (2, ["--optimizer=adamw", "--mask_input=False"]),
+        (3, []),
+        (3, ["--sharding=full"]),
+        (2, ["--sharding=full", "--optimizer=adamw"]),
+    ],
+    ids=["adamw", "muon", "muon-full", "adamw-full"],
+)
+def test_any_number_of_processes_learns_the_same(small, folders, size, flags):
+    """The last update of an epoch has a single batch."""
+    left, right = folders
+    flags = [*flags, "--learning_rate=1e-3"]
+    one = finished(Group(small(*flags, out=left), 1, left, "fine-tune"), "lora.pt")
+    many = finished(Group(small(*flags, out=right), size, right, "fine-tune"), "lora.pt")
+
+    assert_close_runs(one, many)
+    assert one["base_test_loss"] == pytest.approx(many["base_test_loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize("sharding", ["optimizer", "full"])
+def test_stopped_and_resumed_on_two_processes(small, folders, sharding):
+    """A base in bf16, beside an adapter in float32; bit for bit."""
+    left, right = folders
+    flags = [f"--sharding={sharding}", "--precision=bf16"]
+    stop = """
+take_step = training.Trainer.take_step
+def stopping(self, *args):
+    if self.step == 9 and rank == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return take_step(self, *args)
+training.Trainer.take_step = stopping
+"""
+    finished(Group(small(*flags, out=left), 2, left, "fine-tune"), "lora.pt")
+    group = Group(small(*flags, out=right), 2, right, "fine-tune", patch=stop)
+    assert group.wait() == [128 + signal.SIGTERM] * 2
+    group = Group(small(*flags, "--resume", out=right), 2, right, "fine-tune")
+    assert finished(group, "lora.pt")["position"] == 18
+
+    assert_same_run(left / "lora.pt", right / "lora.pt")
