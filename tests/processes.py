@@ -17,7 +17,8 @@ ROOT = Path(__file__).parent.parent
 
 # Its processes are forked from one that has imported everything and has no threads yet.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "processes", "pre-train", "fine-tune"])
+PRELOADED = ["torch", "torch._dynamo", "processes", "pre-train", "fine-tune"]
+CONTEXT.set_forkserver_preload(PRELOADED)
 
 
 class Group:

@@ -108,20 +108,20 @@ training.Trainer.take_step = stopping
 
 
 @pytest.mark.parametrize(
-    "flags",
+    ("flags", "sizes"),
     [
-        ["--optimizer=muon"],
-        ["--optimizer=adamw", "--dropout=0.2"],
-        ["--optimizer=muon", "--sharding=full", "--dropout=0.2", "--activation_checkpointing"],
-        ["--optimizer=adamw", "--sharding=full"],
+        (["--optimizer=muon"], (2, 3, 4)),
+        (["--optimizer=adamw", "--dropout=0.2"], (3,)),
+        (["--sharding=full", "--dropout=0.2", "--activation_checkpointing"], (3,)),
+        (["--sharding=full", "--optimizer=adamw"], (2,)),
     ],
     ids=["muon", "adamw", "muon-full", "adamw-full"],
 )
-def test_any_number_of_processes_learns_the_same(run, flags):
+def test_any_number_of_processes_learns_the_same(run, flags, sizes):
     """3 do not divide the 4 micro-batches."""
     one = finished(run(1, *flags))
 
-    for size in (2, 3, 4):
+    for size in sizes:
         assert_close_runs(one, finished(run(size, *flags)))
 
 
@@ -155,17 +155,20 @@ script.Trainer = Trainer
 
 
 def test_blocks_of_weights_change_nothing(run):
-    flags = ["--precision=fp16"]
+    flags = ["--precision=fp16", "--num_epochs=1"]
     one, other = finished(run(2, *flags)), finished(run(2, *flags, name="cut", patch=CUT))
 
     assert_close_runs(one, other)
 
 
-@pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize(
-    "flags",
-    [["--dropout=0.2"], ["--precision=bf16", "--optimizer=adamw"], ["--sharding=full"]],
-    ids=["fp32", "bf16", "full"],
+    ("size", "flags"),
+    [
+        (2, ["--precision=bf16", "--optimizer=adamw"]),
+        (3, ["--dropout=0.2"]),
+        (3, ["--sharding=full"]),
+    ],
+    ids=["bf16", "fp32", "full"],
 )
 def test_stopped_and_resumed_it_ends_as_if_nothing_had_happened(run, size, flags):
     """Inside an epoch, by a signal to the last process alone; bit for bit."""
@@ -184,7 +187,7 @@ def test_stopped_and_resumed_it_ends_as_if_nothing_had_happened(run, size, flags
 
 @pytest.mark.parametrize(
     ("before", "after", "sharding"),
-    [(2, 1, "full"), (1, 2, "full"), (2, 4, "optimizer"), (3, 2, "optimizer"), (1, 3, "optimizer")],
+    [(2, 1, "full"), (1, 2, "full"), (2, 4, "optimizer"), (3, 1, "optimizer")],
 )
 def test_another_number_of_processes_goes_on(run, before, after, sharding):
     flags = [f"--sharding={sharding}", "--dropout=0.2"]
