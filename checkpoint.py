@@ -193,11 +193,13 @@ def stamped_path(path: Path, stamp: str) -> Path:
     return path.with_name(f"{path.stem}.{stamp}{path.suffix}")
 
 
-def load_checkpoint(path: Path, required: Iterable[str]) -> dict:
+def load_checkpoint(path: Path, required: Iterable[str], is_mapped: bool = False) -> dict:
     """Read a checkpoint whose checksum is right, onto the CPU.
 
     Args:
         required: keys without which it is of no use here.
+        is_mapped: whether tensors stay in the file until they are read, so that several processes
+            have them in memory once.
 
     Raises:
         CheckpointError: when the file is missing, damaged, foreign, or of another kind or version.
@@ -207,7 +209,7 @@ def load_checkpoint(path: Path, required: Iterable[str]) -> dict:
 
     try:
         verify_checksum(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
     except CheckpointError:

@@ -226,7 +226,7 @@ class World:
                 raise NoAnswerError
 
             time.sleep(pause)
-            pause = min(2 * pause, 0.01)
+            pause = min(2 * pause, 1e-3)
 
     @contextlib.contextmanager
     def one_per_machine_first(self) -> Iterator[None]:

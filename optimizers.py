@@ -171,10 +171,8 @@ class SharedOptimizer(ZeroRedundancyOptimizer):
                     block.grad = gradient
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        super().zero_grad(set_to_none)
-
-        for weight in self.weights:
-            weight.grad = None
+        # Gradients lie where they are sent from; without them others would be made beside.
+        torch._foreach_zero_([weight.grad for weight in self.weights])
 
     def state_dict(self) -> dict:
         """Return the state of whole weights on the first process, and nothing on the others."""

@@ -323,7 +323,11 @@ def begin(args: Namespace, world: World, keys: tuple[str, ...], is_dry: bool = F
     if not (is_dry or args.resume):
         resume_after_restart(args, world)
 
-    checkpoint = load_checkpoint(path, (*keys, *SHARED_KEYS)) if args.resume else {}
+    checkpoint = {}
+
+    if args.resume:
+        checkpoint = load_checkpoint(path, (*keys, *SHARED_KEYS), is_mapped=world.size > 1)
+
     world.check_same("The checkpoints", checkpoint and (checkpoint["position"], checkpoint["seed"]))
 
     if args.seed is None:

@@ -11,7 +11,6 @@ import os
 import re
 import resource
 import signal
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -692,22 +691,25 @@ def describe_row(row: dict, num_epochs: int) -> str:
 def time_steps(trainer: Trainer, load_step: Callable[[int], Step]) -> float:
     """Return the seconds that an optimizer step takes, from a few micro-batches and one update."""
     micro_batches = load_step(trainer.step)
-    num_timed = min(3, len(micro_batches))
-    seconds = []
+    several = micro_batches[:4]
 
     with StopSignal() as stop:
-        trainer.accumulate_gradient(micro_batches[:1], stop)
 
-        for micro_batch in micro_batches[:num_timed]:
+        def timed(move: Callable, batches: Step) -> float:
             synchronize(trainer.device)
             start = time.perf_counter()
-            trainer.accumulate_gradient([micro_batch], stop)
+            move(batches, stop)
             synchronize(trainer.device)
-            seconds.append(time.perf_counter() - start)
+
+            return time.perf_counter() - start
+
+        gradient = trainer.accumulate_gradient
+        timed(gradient, several[:1])
+        # What comes once in an update, such as sending gradients, drops out of a difference.
+        one, more = timed(gradient, several[:1]), timed(gradient, several)
+        further = max(0.0, more - one) / max(1, len(several) - 1)
 
         trainer.model.zero_grad(set_to_none=True)
-        start = time.perf_counter()
-        trainer.take_step(micro_batches[:1], stop)
-        update = time.perf_counter() - start - statistics.median(seconds)
+        update = timed(trainer.take_step, several[:1])
 
-    return statistics.median(seconds) * len(micro_batches) + max(0.0, update)
+    return update + further * (len(micro_batches) - 1)

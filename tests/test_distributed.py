@@ -185,6 +185,28 @@ def test_stopped_and_resumed_it_ends_as_if_nothing_had_happened(run, size, flags
     assert_same_run(whole.folder / "checkpoint.pt", group.folder / "checkpoint.pt")
 
 
+@pytest.mark.parametrize("place", ["training.Trainer.evaluate", "session.save_checkpoint"])
+def test_signal_to_one_process_at_any_time_is_heard_by_all(run, place):
+    """While they test, or while the first one saves."""
+    fault = f"""
+function = {place}
+def stopping(*args):
+    if not stopping.is_done:
+        stopping.is_done = True
+        os.kill(os.getpid(), signal.SIGINT)
+    return function(*args)
+stopping.is_done = rank == 0 and "Trainer" in "{place}"
+{place} = stopping
+"""
+    whole = run(2, name="whole")
+    finished(whole)
+    group = run(2, name="stopped", patch=fault)
+    assert group.wait() == [128 + signal.SIGINT] * 2
+    finished(run(2, "--resume", name="stopped"))
+
+    assert_same_run(whole.folder / "checkpoint.pt", group.folder / "checkpoint.pt")
+
+
 @pytest.mark.parametrize(
     ("before", "after", "sharding"),
     [(2, 1, "full"), (1, 2, "full"), (2, 4, "optimizer"), (3, 1, "optimizer")],
@@ -338,9 +360,16 @@ distributed.PATIENCE = 0.5
     assert torch.load(group.folder / "checkpoint.pt", weights_only=True)["position"] == 10
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_process_that_dies_or_hangs_ends_the_run_and_is_named(run, rank, number):
+@pytest.mark.parametrize(
+    ("rank", "number", "sharding"),
+    [
+        (0, signal.SIGKILL, "optimizer"),
+        (1, signal.SIGKILL, "full"),
+        (0, signal.SIGSTOP, "full"),
+        (1, signal.SIGSTOP, "optimizer"),
+    ],
+)
+def test_process_that_dies_or_hangs_ends_the_run_and_is_named(run, rank, number, sharding):
     fault = f"""
 take_step = training.Trainer.take_step
 def faulty(self, *args):
@@ -350,7 +379,7 @@ def faulty(self, *args):
 training.Trainer.take_step = faulty
 distributed.PATIENCE = 0.5
 """
-    group = run(2, "--process_timeout=0.05", patch=fault)
+    group = run(2, "--process_timeout=0.05", f"--sharding={sharding}", patch=fault)
     group.processes[1 - rank].join(30)
 
     assert group.processes[1 - rank].exitcode == 1
@@ -358,6 +387,35 @@ distributed.PATIENCE = 0.5
     group.processes[rank].kill()
     group.wait()
     assert torch.load(group.folder / "checkpoint.pt", weights_only=True)["position"] == 10
+
+
+@pytest.mark.parametrize("place", ["script.open_data", "script.build_trainer"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_error_at_the_start_ends_all_and_is_told_alone(run, place, rank):
+    fault = f"""
+from tokenizer import DataError
+function = {place}
+def faulty(*args):
+    if rank == {rank}:
+        raise DataError("the data are not there")
+    return function(*args)
+{place} = faulty
+distributed.PATIENCE = 0.5
+"""
+    group = run(2, patch=fault)
+
+    assert group.wait() == [1, 1]
+    assert group.errors == ["error: the data are not there"]
+
+
+def test_text_is_prepared_once(run, tmp_path):
+    path = tmp_path / "data"
+    group = run(3, "--num_epochs=1", f"--dataset_path={path}")
+    finished(group)
+    texts = [(group.folder / f"{rank}.err").read_text() for rank in range(3)]
+
+    assert ["Tokenizing" in text for text in texts] == [True, False, False]
+    assert len(list(path.glob("*.bin"))) == 2
 
 
 def test_other_flags_on_another_machine_are_refused(run):
@@ -368,3 +426,13 @@ def test_other_flags_on_another_machine_are_refused(run):
         "error: The flags differ between processes; start all machines with the same command, on"
         " the same files."
     ]
+
+
+@pytest.mark.parametrize("num_ends", [2, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", [2, 4])
+def test_normal_ends_in_a_row(run, size, num_ends):
+    for number in range(num_ends):
+        group = run(size, "--num_epochs=1", name=str(number))
+
+        assert group.wait() == [0] * size
+        assert group.errors == []
