@@ -21,10 +21,6 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
 
@@ -106,6 +102,10 @@ class World:
     @property
     def is_first(self) -> bool:
         return self.rank == 0
+
+    @property
+    def has_sharded_weights(self) -> bool:
+        return self.size > 1 and self.sharding == "full"
 
     def connect(self) -> None:
         """Meet the other processes.
@@ -269,7 +269,10 @@ class World:
             layers: the parts whose weights are brought together, used, and dropped again, one
                 after the other, where `sharding` is full.
         """
-        if self.size > 1 and self.sharding == "full":
+        if self.has_sharded_weights:
+            from torch.distributed.device_mesh import init_device_mesh
+            from torch.distributed.fsdp import fully_shard
+
             mesh = init_device_mesh(self.device.type, (self.size,))
 
             for layer in layers:
@@ -282,6 +285,8 @@ class World:
         if self.size == 1:
             return model
 
+        from torch.nn.parallel import DistributedDataParallel
+
         # The wrapper would cut compiled layers where its buckets end.
         torch._dynamo.config.optimize_ddp = False
 
@@ -293,7 +298,7 @@ class World:
         Where the gradients are sharded each batch has to send its own: there is no room to keep
         them.
         """
-        if is_last or not isinstance(network, DistributedDataParallel):
+        if is_last or self.size == 1 or self.has_sharded_weights:
             return contextlib.nullcontext()
 
         return network.no_sync()
@@ -360,8 +365,9 @@ class World:
         return answers[0] if answers else default
 
 
-def is_sharded(model: nn.Module) -> bool:
-    return isinstance(model, FSDPModule)
+def is_spread(value: object) -> bool:
+    """Tell whether this is a distributed tensor, without the second that importing these takes."""
+    return hasattr(value, "full_tensor")
 
 
 def whole(value):
@@ -369,7 +375,7 @@ def whole(value):
 
     All processes have to call it; what was spread comes to the first one alone, on its CPU.
     """
-    if isinstance(value, DTensor):
+    if is_spread(value):
         tensor = value.full_tensor()
 
         return tensor.cpu() if dist.get_rank() == 0 else None
@@ -385,8 +391,10 @@ def whole(value):
 
 def spread_like(tensor: Tensor, model: Tensor) -> Tensor:
     """Return this process's part of a whole tensor, if model is spread over processes."""
-    if not isinstance(model, DTensor):
+    if not is_spread(model):
         return tensor
+
+    from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(
         tensor.to(model.device), model.device_mesh, model.placements, src_data_rank=None
@@ -397,11 +405,11 @@ def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     """Scale gradients down to a norm of max_norm at most; return what it was."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
 
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return norm.full_tensor() if is_spread(norm) else norm
 
 
 def are_finite(tensors: Iterable[Tensor]) -> bool:
     """Tell whether this process's parts of tensors hold finite numbers alone."""
-    parts = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+    parts = [tensor.to_local() if is_spread(tensor) else tensor for tensor in tensors]
 
     return all(torch.stack([part.isfinite().all() for part in parts]).tolist())

@@ -1,8 +1,4 @@
-"""What moves the weights: AdamW and Muon, each process with its share of them; the learning rate.
-
-On several processes each keeps the optimizer's state of its share alone (ZeRO, Rajbhandari et al.
-2020). What is saved is always what a single process would have.
-"""
+"""What moves the weights: AdamW and Muon, on one process or shared out; the learning rate."""
 
 import functools
 import math
@@ -10,12 +6,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import AdamW, Optimizer
 
-from distributed import World, is_sharded, spread_like, whole
+from distributed import World, spread_like, whole
 
 
 class Optimizers:
@@ -43,16 +37,18 @@ class Optimizers:
         rest = [p for p in trained if p.ndim == 2 and id(p) in embeddings]
 
         self.parts: list[Optimizer] = []
+        self.is_shared = world.size > 1 and not world.has_sharded_weights
 
-        is_shared = world.size > 1 and not is_sharded(model)
+        if world.size > 1:
+            from sharding import ShardedMuon, SharedOptimizer
 
         if name == "muon":
             groups = [{"params": hidden, "weight_decay": weight_decay}]
             hidden = []
 
-            if is_sharded(model):
+            if world.has_sharded_weights:
                 self.parts.append(ShardedMuon(groups, dtype, world))
-            elif is_shared:
+            elif self.is_shared:
                 muon = functools.partial(Muon, dtype=dtype)
                 self.parts.append(SharedOptimizer(groups, muon, is_elementwise=False))
             else:
@@ -65,14 +61,14 @@ class Optimizers:
         options = {"betas": (0.9, 0.95), "fused": world.device.type in ("cpu", "cuda")}
 
         if groups := [group for group in groups if group["params"]]:
-            if is_shared:
+            if self.is_shared:
                 self.parts.append(SharedOptimizer(groups, AdamW, is_elementwise=True, **options))
             else:
                 self.parts.append(AdamW(groups, **options))
 
     def unscale(self, scaler: torch.amp.GradScaler) -> None:
         for part in self.parts:
-            if isinstance(part, SharedOptimizer):
+            if self.is_shared:
                 part.take_gradients()
 
             scaler.unscale_(part)
@@ -110,7 +106,7 @@ class Optimizers:
                 {key: value for key, value in group.items() if key != "params"}
                 for group in part.param_groups
             ]
-            part.load_state_dict(state if isinstance(part, ShardedMuon) else spread(state, part))
+            part.load_state_dict(spread(state, part) if isinstance(part, AdamW) else state)
 
             for group, values in zip(part.param_groups, chosen, strict=True):
                 group.update(values)
@@ -130,122 +126,6 @@ def spread(state: dict, optimizer: Optimizer) -> dict:
             for index, values in state["state"].items()
         },
     }
-
-
-class SharedOptimizer(ZeroRedundancyOptimizer):
-    """An optimizer of which every process steps some weights, and has the state of these alone.
-
-    What treats each element alone gets large weights in blocks of rows, as weights of their own:
-    GPT-2's token embeddings are a third of it, and would leave one process with most of the state.
-
-    Args:
-        is_elementwise: whether the optimizer does so.
-    """
-
-    # The elements above which a weight is cut.
-    MAX_SIZE = 1 << 20
-
-    def __init__(self, groups: list[dict], optimizer_class, is_elementwise: bool, **options):
-        max_size = self.MAX_SIZE if is_elementwise else math.inf
-        self.weights = [weight for group in groups for weight in group["params"]]
-        self.blocks = [cut(weight, max_size) for weight in self.weights]
-        self.group_sizes = [len(group["params"]) for group in groups]
-        blocks = iter(self.blocks)
-
-        super().__init__(
-            [
-                {**group, "params": [b for _ in group["params"] for b in next(blocks)]}
-                for group in groups
-            ],
-            optimizer_class,
-            **options,
-        )
-
-    def take_gradients(self) -> None:
-        """Give the blocks of every weight their parts of its gradient."""
-        for weight, blocks in zip(self.weights, self.blocks, strict=True):
-            if len(blocks) > 1:
-                gradients = weight.grad.split(len(blocks[0]))
-
-                for block, gradient in zip(blocks, gradients, strict=True):
-                    block.grad = gradient
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        # Gradients lie where they are sent from; without them others would be made beside.
-        torch._foreach_zero_([weight.grad for weight in self.weights])
-
-    def state_dict(self) -> dict:
-        """Return the state of whole weights on the first process, and nothing on the others."""
-        self.consolidate_state_dict()
-
-        if self.rank:
-            return {}
-
-        state = super().state_dict()
-        values = iter([state["state"].get(i, {}) for i in range(sum(map(len, self.blocks)))])
-        joined = [join([next(values) for _ in blocks]) for blocks in self.blocks]
-        numbers = iter(range(len(joined)))
-
-        return {
-            "state": {number: value for number, value in enumerate(joined) if value},
-            "param_groups": [
-                {**group, "params": [next(numbers) for _ in range(size)]}
-                for group, size in zip(state["param_groups"], self.group_sizes, strict=True)
-            ],
-        }
-
-    def load_state_dict(self, state: dict) -> None:
-        """Take the state of the own blocks out of that of whole weights."""
-        parts = [
-            part
-            for number, blocks in enumerate(self.blocks)
-            for part in split(state["state"].get(number, {}), blocks)
-        ]
-        numbers = iter(range(len(parts)))
-
-        super().load_state_dict(
-            {
-                "state": {number: part for number, part in enumerate(parts) if part},
-                "param_groups": [
-                    {**group, "params": [next(numbers) for _ in own["params"]]}
-                    for group, own in zip(state["param_groups"], self.param_groups, strict=True)
-                ],
-            }
-        )
-
-
-def cut(weight: nn.Parameter, max_size: float) -> list[nn.Parameter]:
-    """Return blocks of rows that share the memory of a weight, of max_size elements at most."""
-    if weight.numel() <= max_size:
-        return [weight]
-
-    num_rows = max(1, int(max_size) // weight[0].numel())
-
-    return [nn.Parameter(block) for block in weight.detach().split(num_rows)]
-
-
-def join(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Make one state of those of the blocks of a weight."""
-    return {
-        name: torch.cat([state[name] for state in states]) if value.ndim else value
-        for name, value in states[0].items()
-    }
-
-
-def split(state: dict[str, Tensor], blocks: list[nn.Parameter]) -> list[dict[str, Tensor]]:
-    """Make states for the blocks of a weight of its own."""
-    num_rows = len(blocks[0])
-
-    # Each has its own count of steps.
-    return [
-        {
-            name: value[number * num_rows : (number + 1) * num_rows]
-            if value.ndim
-            else value.clone()
-            for name, value in state.items()
-        }
-        for number in range(len(blocks))
-    ]
 
 
 class Muon(Optimizer):
@@ -315,86 +195,6 @@ def orthogonalize(z: Tensor) -> Tensor:
         z = torch.addmm(z, torch.addmm(gram, gram, gram, beta=b, alpha=c), z, beta=a)
 
     return z.T if is_tall else z
-
-
-class ShardedMuon(Muon):
-    """Muon for matrices that are spread over processes by their rows.
-
-    To make an update orthogonal takes the whole of it. So every matrix has an owner, which keeps
-    its momentum. In each round all processes bring the gradient of one of their own together and
-    hand its update out.
-
-    Args:
-        groups: as for Muon, of distributed tensors.
-    """
-
-    def __init__(self, groups: list[dict], dtype: torch.dtype, world: World):
-        super().__init__(groups, dtype)
-
-        self.world = world
-        self.is_begun = False
-
-    @property
-    def matrices(self) -> list[Tensor]:
-        return [matrix for group in self.param_groups for matrix in group["params"]]
-
-    def rounds(self) -> Iterator[list[Tensor]]:
-        """Yield matrices, one for each process, of like size, so that all work equally long."""
-        matrices = sorted(self.matrices, key=lambda matrix: -matrix.numel())
-
-        for first in range(0, len(matrices), self.world.size):
-            yield matrices[first : first + self.world.size]
-
-    def updates(self, matrices: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        self.is_begun = True
-
-        for some in self.rounds():
-            for owner, matrix in enumerate(some):
-                gradient = matrix.grad.full_tensor()
-
-                if owner == self.world.rank:
-                    own = self.update(matrix, gradient).contiguous()
-
-            for owner, matrix in enumerate(some):
-                is_own = owner == self.world.rank
-                update = own if is_own else self.empty_like(matrix, self.dtype)
-                dist.broadcast(update, owner)
-
-                yield matrix, spread_like(update, matrix)
-
-    def empty_like(self, matrix: Tensor, dtype: torch.dtype) -> Tensor:
-        return torch.empty(matrix.shape, dtype=dtype, device=self.world.device)
-
-    def state_dict(self) -> dict:
-        """Return the state of all matrices, complete on the first process."""
-        state = super().state_dict()
-        numbers = {id(matrix): number for number, matrix in enumerate(self.matrices)}
-
-        for some in self.rounds() if self.is_begun else ():
-            for owner, matrix in enumerate(some):
-                if owner == self.world.rank:
-                    momentum = self.state[matrix]["momentum_buffer"]
-                else:
-                    momentum = self.empty_like(matrix, matrix.dtype)
-
-                dist.broadcast(momentum, owner)
-
-                if self.world.is_first:
-                    state["state"][numbers[id(matrix)]] = {"momentum_buffer": momentum.cpu()}
-
-        return {**state, "state": dict(sorted(state["state"].items()))}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Take the state of the own matrices out of that of all."""
-        self.is_begun = bool(state["state"])
-        owned = {id(some[self.world.rank]) for some in self.rounds() if self.world.rank < len(some)}
-        own_state = {
-            number: state["state"][number]
-            for number, matrix in enumerate(self.matrices)
-            if id(matrix) in owned and self.is_begun
-        }
-
-        super().load_state_dict({**state, "state": own_state})
 
 
 @dataclass(frozen=True)

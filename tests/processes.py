@@ -95,7 +95,7 @@ def work(argv, rank, size, port, folder, script, patch, env):
         **env,
     )
 
-    names = ("torch", "checkpoint", "data", "distributed", "model", "optimizers", "session")
+    names = ("torch", "checkpoint", "data", "distributed", "model", "sharding", "session")
     modules = {name: importlib.import_module(name) for name in (*names, "training")}
     modules["torch"].set_num_threads(1)
     namespace = {**modules, "argv": argv, "rank": rank, "os": os, "signal": signal, "sys": sys}

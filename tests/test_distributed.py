@@ -94,7 +94,7 @@ def test_place_is_read_from_the_environment(monkeypatch):
 
 # --- The same run on any number ---
 
-CUT = "optimizers.SharedOptimizer.MAX_SIZE = 100_000"
+CUT = "sharding.SharedOptimizer.MAX_SIZE = 100_000"
 
 # SIGTERM to the last process alone, inside an epoch.
 STOP = """
