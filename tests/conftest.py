@@ -4,6 +4,7 @@ import importlib
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,9 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+
+# A shell that starts tests in the background lets them ignore it, and all that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 WORDS = ("the", "a", "cat", "dog", "runs", "eats", "sees", "in", "house", "garden", "it", "was")
 

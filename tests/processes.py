@@ -82,7 +82,6 @@ def work(argv, rank, size, port, folder, script, patch, env):
         file = os.open(folder / f"{rank}.{name}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
         os.dup2(file, descriptor)
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(
         RANK=str(rank),
         WORLD_SIZE=str(size),
