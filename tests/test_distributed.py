@@ -125,7 +125,7 @@ def test_any_number_of_processes_learns_the_same(run, flags, sizes):
         assert_close_runs(one, finished(run(size, *flags)))
 
 
-@pytest.mark.parametrize("sharding", ["optimizer", "full"])
+@pytest.mark.parametrize("sharding", ["optimizer", pytest.param("full", marks=pytest.mark.slow)])
 def test_state_is_shared_out_evenly(run, sharding):
     """Also that of large embeddings; each process counts what it keeps."""
     report = (
@@ -209,7 +209,12 @@ stopping.is_done = rank == 0 and "Trainer" in "{place}"
 
 @pytest.mark.parametrize(
     ("before", "after", "sharding"),
-    [(2, 1, "full"), (1, 2, "full"), (2, 4, "optimizer"), (3, 1, "optimizer")],
+    [
+        (1, 2, "full"),
+        (3, 1, "optimizer"),
+        pytest.param(2, 1, "full", marks=pytest.mark.slow),
+        pytest.param(2, 4, "optimizer", marks=pytest.mark.slow),
+    ],
 )
 def test_another_number_of_processes_goes_on(run, before, after, sharding):
     flags = [f"--sharding={sharding}", "--dropout=0.2"]
@@ -240,7 +245,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
     assert (group.folder / "1.err").read_text().count("sent True") == 1 + 20
 
 
-@pytest.mark.parametrize("sharding", ["optimizer", "full"])
+@pytest.mark.parametrize("sharding", ["optimizer", pytest.param("full", marks=pytest.mark.slow)])
 def test_compiled_network_on_two_processes(run, sharding):
     flags = ["--compile=True", "--num_epochs=1"]
     group = run(2, *flags, f"--sharding={sharding}")

@@ -485,9 +485,9 @@ def test_a_loading_script_is_not_run_and_its_conversion_taken(small, tmp_path):
 @pytest.mark.parametrize(
     ("size", "flags"),
     [
-        (2, ["--optimizer=adamw", "--mask_input=False"]),
+        pytest.param(2, ["--optimizer=adamw", "--mask_input=False"], marks=pytest.mark.slow),
         (3, []),
-        (3, ["--sharding=full"]),
+        pytest.param(3, ["--sharding=full"], marks=pytest.mark.slow),
         (2, ["--sharding=full", "--optimizer=adamw"]),
     ],
     ids=["adamw", "muon", "muon-full", "adamw-full"],
@@ -503,7 +503,7 @@ def test_any_number_of_processes_learns_the_same(small, folders, size, flags):
     assert one["base_test_loss"] == pytest.approx(many["base_test_loss"], abs=1e-5)
 
 
-@pytest.mark.parametrize("sharding", ["optimizer", "full"])
+@pytest.mark.parametrize("sharding", [pytest.param("optimizer", marks=pytest.mark.slow), "full"])
 def test_stopped_and_resumed_on_two_processes(small, folders, sharding):
     """A base in bf16, beside an adapter in float32; bit for bit."""
     left, right = folders

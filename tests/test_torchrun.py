@@ -38,7 +38,9 @@ def position(folder) -> int:
     return torch.load(folder / "checkpoint.pt", weights_only=True)["position"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_signal_to_torchrun_stops_all_at_one_update(small, tmp_path, number):
     process = torchrun(tmp_path, small(*FLAGS, "--num_epochs=2000"), "--standalone")
 
@@ -92,6 +94,7 @@ Trainer.take_step = killing
     assert_same_run(left / "checkpoint.pt", right / "checkpoint.pt")
 
 
+@pytest.mark.slow
 def test_killed_before_its_first_checkpoint_it_begins_anew(small, tmp_path):
     patch = """
 evaluate = script.Session.evaluate
