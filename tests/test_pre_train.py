@@ -222,8 +222,8 @@ def test_loss_that_is_not_finite_stops_the_run(
     real = training.Trainer.accumulate_gradient
 
     def accumulate_gradient(self, step, stop):
-        loss = real(self, step, stop)
-        return loss * float(value) if self.step == 4 else loss
+        loss, num_tokens = real(self, step, stop)
+        return (loss * float(value) if self.step == 4 else loss), num_tokens
 
     monkeypatch.setattr(training.Trainer, "accumulate_gradient", accumulate_gradient)
     status, line = error_of(small())
@@ -261,7 +261,7 @@ def test_gradient_that_is_not_finite_stops_the_run(small, monkeypatch, error_of)
     real = training.Trainer.accumulate_gradient
 
     def accumulate_gradient(self, step, stop):
-        loss = real(self, step, stop)
+        loss, num_tokens = real(self, step, stop)
         self.model.norm.weight.grad[0] = float("nan")
         return loss
 
