@@ -115,7 +115,7 @@ def add_processes(add: Callable) -> None:
     )
     add(
         "--process_timeout",
-        type=positive_float,
+        type=minutes_float,
         default=10.0,
         help="The minutes that the processes of torchrun wait for one that does not answer.",
     )
@@ -171,6 +171,12 @@ def positive_float(value: str) -> float:
 
 def non_negative_float(value: str) -> float:
     return parse_number(float, value, lambda number: 0 <= number < math.inf, "a number from 0")
+
+
+def minutes_float(value: str) -> float:
+    return parse_number(
+        float, value, lambda number: 0 < number <= 525_600, "above 0 and at most a year, 525600"
+    )
 
 
 def share_float(value: str) -> float:

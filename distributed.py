@@ -51,8 +51,7 @@ class World:
         size: how many there are.
         local_rank: its number on its machine.
         local_size: how many are on its machine.
-        num_restarts: how often torchrun has started them again.
-        max_restarts: how often it may.
+        num_restarts: how often torchrun has started those of its machine again.
         device: what it computes on.
         sharding: `optimizer`, or `full` for weights and gradients too.
     """
@@ -62,7 +61,6 @@ class World:
     local_rank: int = 0
     local_size: int = 1
     num_restarts: int = 0
-    max_restarts: int = 0
     device: torch.device = torch.device("cpu")
     sharding: str = "optimizer"
     timeout: timedelta = timedelta(minutes=10)
@@ -92,12 +90,9 @@ class World:
             text = ", ".join(f"{name}={value}" for name, value in given.items())
             raise ProcessError(f"{text} is no place among processes; start them with torchrun.")
 
-        num_restarts, max_restarts = (
-            int(os.environ.get(f"TORCHELASTIC_{name}", "0"))
-            for name in ("RESTART_COUNT", "MAX_RESTARTS")
-        )
+        num_restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
-        return cls(rank, size, local_rank, local_size, num_restarts, max_restarts)
+        return cls(rank, size, local_rank, local_size, num_restarts)
 
     @property
     def is_first(self) -> bool:
@@ -123,8 +118,8 @@ class World:
         backend = "nccl" if self.device.type == "cuda" else "gloo"
 
         try:
-            store, _, _ = next(dist.rendezvous("env://", timeout=self.timeout))
-            self.store = dist.PrefixStore(self.agree_on_name(store), store)
+            self.base, _, _ = next(dist.rendezvous("env://", timeout=self.timeout))
+            self.store = dist.PrefixStore(self.agree_on_name(self.base), self.base)
             dist.init_process_group(
                 backend,
                 store=self.store,
@@ -135,10 +130,15 @@ class World:
             )
             self.control = dist.new_group(backend="gloo", timeout=NO_TIMEOUT)
         except (RuntimeError, ValueError, NoAnswerError) as error:
-            is_taken = "EADDRINUSE" in str(error)
-            cause = "the port is in use; choose another MASTER_PORT" if is_taken else "no answer"
+            cause = " ".join(str(error).split())[:150]
+
+            if isinstance(error, NoAnswerError | dist.DistStoreError):
+                cause = "no answer"
+            elif "EADDRINUSE" in cause:
+                cause = "the port is in use; choose another MASTER_PORT"
+
             raise ProcessError(
-                f"Process {self.rank} of {self.size} found no meeting at {address}: {cause}."
+                f"Process {self.rank} of {self.size} did not meet the others at {address}: {cause}."
             ) from error
 
     def agree_on_name(self, store: dist.Store) -> str:
@@ -174,6 +174,21 @@ class World:
         self.wait_until(answer)
 
         return word
+
+    def is_started_again(self) -> bool:
+        """Tell whether the run had begun when torchrun started it again; all have to ask.
+
+        Machines count restarts for themselves: what they share says that it had.
+        """
+        if self.size > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            return bool(self.from_first(self.is_first and self.base.check(["begun"])))
+
+        return self.max(self.num_restarts) > 0
+
+    def note_beginning(self) -> None:
+        """Remember over restarts that what lies at the paths of this run is its own."""
+        if self.size > 1 and self.is_first:
+            self.base.set("begun", "")
 
     def disconnect(self) -> None:
         """Leave together: who leaves early can take the connections of others along."""

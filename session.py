@@ -101,8 +101,12 @@ class Session:
         """Train up to the last epoch, or a signal; return the exit status."""
         args, trainer = self.args, self.trainer
 
-        if not args.resume and self.world.is_first:
-            keep_earlier_run(args)
+        is_new = not args.resume and self.world.is_first
+
+        if is_new and (aside := set_aside(self.path, Path(args.metrics_path))):
+            print(f"Kept:   an earlier run, as {aside}")
+
+        self.world.note_beginning()
 
         with self.stoppable() as stop:
             try:
@@ -182,6 +186,9 @@ class Session:
 
         if self.world.is_first:
             save_checkpoint(self.path, state, is_best)
+
+        # However long that takes, nobody counts as lost meanwhile.
+        self.world.wait_for_all()
 
 
 def run_script(
@@ -320,8 +327,8 @@ def begin(args: Namespace, world: World, keys: tuple[str, ...], is_dry: bool = F
         check_writable(path)
         check_writable(Path(args.metrics_path))
 
-    if not (is_dry or args.resume):
-        resume_after_restart(args, world)
+    if not (is_dry or args.resume) and world.is_started_again():
+        args.resume = bool(world.from_first(path.exists()))
 
     checkpoint = {}
 
@@ -337,20 +344,6 @@ def begin(args: Namespace, world: World, keys: tuple[str, ...], is_dry: bool = F
         args.precision = checkpoint["precision"] if checkpoint else choose_precision(world)
 
     return checkpoint
-
-
-def resume_after_restart(args: Namespace, world: World) -> None:
-    """Go on by itself where torchrun has started a run again."""
-    if world.num_restarts:
-        # What is there is of this run: earlier ones were out of the way before.
-        args.resume = bool(world.from_first(Path(args.checkpoint_path).exists()))
-    elif world.max_restarts and world.is_first:
-        keep_earlier_run(args)
-
-
-def keep_earlier_run(args: Namespace) -> None:
-    if aside := set_aside(Path(args.checkpoint_path), Path(args.metrics_path)):
-        print(f"Kept:   an earlier run, as {aside}")
 
 
 def draw_seed(world: World) -> int:
@@ -431,7 +424,7 @@ def describe_device(args: Namespace, trainer: Trainer, compiled: str) -> None:
 
     print(
         f"Device: {processes}{trainer.device}, {trainer.precision}, {compiled},"
-        f" matrix products at {trainer.peak_rate / 1e12:.2f} TFLOP/s"
+        f" matrix products at {trainer.peak_rate / 1e12:.2f} TFLOP/s{' in all' * bool(processes)}"
     )
 
     if args.gradient_accumulation_steps % world.size:

@@ -153,9 +153,9 @@ class ShardedMuon(Muon):
     def matrices(self) -> list[Tensor]:
         return [matrix for group in self.param_groups for matrix in group["params"]]
 
-    def rounds(self) -> Iterator[list[Tensor]]:
+    def rounds(self, matrices: Iterable[Tensor]) -> Iterator[list[Tensor]]:
         """Yield matrices, one for each process, of like size, so that all work equally long."""
-        matrices = sorted(self.matrices, key=lambda matrix: -matrix.numel())
+        matrices = sorted(matrices, key=lambda matrix: -matrix.numel())
 
         for first in range(0, len(matrices), self.world.size):
             yield matrices[first : first + self.world.size]
@@ -163,7 +163,7 @@ class ShardedMuon(Muon):
     def updates(self, matrices: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         self.is_begun = True
 
-        for some in self.rounds():
+        for some in self.rounds(matrices):
             for owner, matrix in enumerate(some):
                 gradient = matrix.grad.full_tensor()
 
@@ -185,7 +185,7 @@ class ShardedMuon(Muon):
         state = super().state_dict()
         numbers = {id(matrix): number for number, matrix in enumerate(self.matrices)}
 
-        for some in self.rounds() if self.is_begun else ():
+        for some in self.rounds(self.matrices) if self.is_begun else ():
             for owner, matrix in enumerate(some):
                 if owner == self.world.rank:
                     momentum = self.state[matrix]["momentum_buffer"]
@@ -202,7 +202,11 @@ class ShardedMuon(Muon):
     def load_state_dict(self, state: dict) -> None:
         """Take the state of the own matrices out of that of all."""
         self.is_begun = bool(state["state"])
-        owned = {id(some[self.world.rank]) for some in self.rounds() if self.world.rank < len(some)}
+        owned = {
+            id(some[self.world.rank])
+            for some in self.rounds(self.matrices)
+            if self.world.rank < len(some)
+        }
         own_state = {
             number: state["state"][number]
             for number, matrix in enumerate(self.matrices)

@@ -89,9 +89,7 @@ def work(argv, rank, size, port, folder, script, patch, env):
         LOCAL_WORLD_SIZE=str(size),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
-        TORCHELASTIC_USE_AGENT_STORE="True",
-        GLOO_SOCKET_IFNAME="lo",
-        **env,
+        **{"TORCHELASTIC_USE_AGENT_STORE": "True", "GLOO_SOCKET_IFNAME": "lo", **env},
     )
 
     names = ("torch", "checkpoint", "data", "distributed", "model", "sharding", "session")

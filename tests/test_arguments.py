@@ -16,6 +16,7 @@ TYPES = {
     arguments.non_negative_float: "float",
     arguments.dropout_float: "float",
     arguments.share_float: "float",
+    arguments.minutes_float: "float",
     arguments.parse_bool: "bool",
     None: "string",
 }

@@ -300,9 +300,29 @@ def test_port_that_is_taken_is_named(small, error_of, monkeypatch):
 
     assert status == 1
     assert line == (
-        f"error: Process 0 of 2 found no meeting at 127.0.0.1:{port}: the port is in use; choose"
-        " another MASTER_PORT."
+        f"error: Process 0 of 2 did not meet the others at 127.0.0.1:{port}: the port is in use;"
+        " choose another MASTER_PORT."
     )
+
+
+def test_network_that_is_not_there_is_named(run):
+    group = run(2, env={"GLOO_SOCKET_IFNAME": "nosuch"})
+
+    assert group.wait() == [1, 1]
+    assert len(group.errors) >= 1
+    assert all("nosuch" in line and "no answer" not in line for line in group.errors)
+
+
+def test_slow_save_is_no_loss(run):
+    """Longer than the processes wait for each other."""
+    fault = """
+save = session.save_checkpoint
+def slow(*args):
+    training.time.sleep(2)
+    return save(*args)
+session.save_checkpoint = slow
+"""
+    finished(run(2, "--process_timeout=0.02", "--num_epochs=1", patch=fault))
 
 
 def test_process_that_never_comes_is_not_waited_for_long(run):
@@ -310,7 +330,7 @@ def test_process_that_never_comes_is_not_waited_for_long(run):
 
     assert group.wait() == [1, 0]
     assert re.fullmatch(
-        r"error: Process 0 of 2 found no meeting at .*: no answer\.", group.errors[0]
+        r"error: Process 0 of 2 did not meet the others at .*: no answer\.", group.errors[0]
     )
 
 

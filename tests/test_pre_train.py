@@ -263,7 +263,7 @@ def test_gradient_that_is_not_finite_stops_the_run(small, monkeypatch, error_of)
     def accumulate_gradient(self, step, stop):
         loss, num_tokens = real(self, step, stop)
         self.model.norm.weight.grad[0] = float("nan")
-        return loss
+        return loss, num_tokens
 
     monkeypatch.setattr(training.Trainer, "accumulate_gradient", accumulate_gradient)
     status, line = error_of(small())

@@ -34,6 +34,19 @@ def torchrun(folder, argv, *options, patch="", num_processes=2) -> subprocess.Po
     )
 
 
+def kill_once(mark, rank: int, step: int, place: str = "script.Trainer.take_step") -> str:
+    """Return statements by which a process kills itself, unless there is a mark that it did."""
+    return f"""
+def killing(*args, function={place}):
+    is_here = rank == {rank} and getattr(args[0], "step", 0) == {step}
+    if is_here and not os.path.exists({str(mark)!r}):
+        open({str(mark)!r}, "w").close()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return function(*args)
+{place} = killing
+"""
+
+
 def position(folder) -> int:
     return torch.load(folder / "checkpoint.pt", weights_only=True)["position"]
 
@@ -74,16 +87,10 @@ def test_process_that_is_killed_is_started_again(small, tmp_path):
     finished(Group(small(*flags, out=left), 2, left))
     finished(Group(small("--num_epochs=1", out=right), 1, right))
 
-    patch = """
-from training import Trainer
-take_step = Trainer.take_step
-def killing(self, *args):
-    if (self.step, rank, os.environ["TORCHELASTIC_RESTART_COUNT"]) == (12, 1, "0"):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return take_step(self, *args)
-Trainer.take_step = killing
-"""
-    options = ("--standalone", "--max-restarts=1")
+    # The first time before the run has begun.
+    patch = kill_once(right / "first", 1, 0, "script.open_data")
+    patch += kill_once(right / "second", 1, 12)
+    options = ("--standalone", "--max-restarts=2")
     status, output, errors = finish(
         torchrun(right, small(*flags, out=right), *options, patch=patch)
     )
@@ -114,10 +121,11 @@ script.Session.evaluate = killing
 
 
 def test_two_machines_prepare_for_themselves_and_learn_as_one(small, tmp_path):
-    """Two agents that meet on the loopback, with one process and two."""
+    """Two agents that meet on the loopback, with one process and two; one is killed on each."""
     one, many = tmp_path / "one", tmp_path / "many"
     finished(Group(small(*FLAGS, out=one), 3, one))
     many.mkdir()
+    patch = kill_once(many / "first", 2, 8) + kill_once(many / "second", 0, 13)
     port = free_port()
     agents = [
         torchrun(
@@ -127,6 +135,8 @@ def test_two_machines_prepare_for_themselves_and_learn_as_one(small, tmp_path):
             "--rdzv-backend=c10d",
             f"--rdzv-endpoint=127.0.0.1:{port}",
             "--rdzv-id=run",
+            "--max-restarts=3",
+            patch=patch,
             num_processes=number + 1,
         )
         for number in range(2)
@@ -135,6 +145,7 @@ def test_two_machines_prepare_for_themselves_and_learn_as_one(small, tmp_path):
 
     assert [status for status, _, _ in outputs] == [0, 0], outputs
     assert sum("3 processes" in output for _, output, _ in outputs) == 1
+    assert not list(many.glob("checkpoint.2*"))
     assert_same_run(one / "checkpoint.pt", many / "checkpoint.pt")
     assert all(len(list((many / str(number)).glob("*.bin"))) == 2 for number in range(2))
 
