@@ -246,20 +246,12 @@ class EvaluationWindows:
         return len(self.starts)
 
     def batches(self, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield all windows as inputs and targets, int64 (B, T).
-
-        All batches have one shape, so that a compiled network sees no other: the last one is filled
-        up with windows whose targets are IGNORE_INDEX.
-        """
+        """Yield all windows as inputs and targets, int64 (B, T); the last batch may be smaller."""
         for first in range(0, len(self.starts), batch_size):
             starts = self.starts[first : first + batch_size]
             windows = [self.tokens[start : start + self.block_size + 1] for start in starts]
-            padding = [windows[0]] * (batch_size - len(windows))
 
-            x, y = split_windows(np.stack(windows + padding))
-            y[len(windows) :] = IGNORE_INDEX
-
-            yield x, y
+            yield split_windows(np.stack(windows))
 
 
 class InstructionBatches:

@@ -1,18 +1,19 @@
 """A GPT-2-like language model: network, loss, and generation with a key-value cache.
 
 Axes of the tensors: B batch, T tokens, S tokens in the cache, D embedding_dimensions, H attention
-heads, K = D / H, V vocabulary (padded), N = B x T.
+heads, K = D / H.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
+
+from loss import exponentiate, linear_cross_entropy
 
 
 class GPT(nn.Module):
@@ -46,6 +47,7 @@ class GPT(nn.Module):
         self.vocabulary_size = vocabulary_size
         self.block_size = block_size
         self.activation_checkpointing = False
+        self.exponentiate = exponentiate
 
         self.token_embeddings = nn.Embedding(num_rows, embedding_dimensions)
         self.position_embeddings = nn.Embedding(block_size, embedding_dimensions)
@@ -77,7 +79,9 @@ class GPT(nn.Module):
         if y is None:
             return self.project(z)
 
-        return linear_cross_entropy(z, self.token_embeddings.weight, y, self.vocabulary_size)
+        return linear_cross_entropy(
+            z, self.token_embeddings.weight, y, self.vocabulary_size, self.exponentiate
+        )
 
     def encode(self, x: Tensor, cache: "KeyValueCache | None" = None) -> Tensor:
         """Turn token ids (B, T) into the states that the output layer reads, (B, T, D).
@@ -97,7 +101,7 @@ class GPT(nn.Module):
 
         for number, block in enumerate(self.blocks):
             if self.activation_checkpointing and self.training:
-                z = checkpoint(block, z, use_reentrant=False)
+                z = recompute(block, z)
             else:
                 z = block(z, cache and cache.layers[number])
 
@@ -131,13 +135,15 @@ class GPT(nn.Module):
         self.token_embeddings.weight[self.vocabulary_size :].zero_()
 
     def compile(self, **kwargs) -> None:
-        """Compile the blocks in place, with the arguments of torch.compile.
+        """Compile the blocks and the loss in place, with the arguments of torch.compile.
 
         All blocks run the same code, so one compilation serves them all whatever their number, and
         parameters keep their names.
         """
         for block in self.blocks:
             block.compile(**kwargs)
+
+        self.exponentiate = torch.compile(exponentiate, **kwargs)
 
     @property
     def num_parameters(self) -> int:
@@ -221,7 +227,10 @@ class MLP(nn.Module):
         self.output = Linear(4 * embedding_dimensions, embedding_dimensions, bias=bias)
 
     def forward(self, z: Tensor) -> Tensor:
-        return self.output(F.gelu(self.hidden(z), approximate="tanh"))
+        return recompute(self.narrow, self.hidden(z))
+
+    def narrow(self, z: Tensor) -> Tensor:
+        return self.output(F.gelu(z, approximate="tanh"))
 
 
 class Linear(nn.Linear):
@@ -239,6 +248,17 @@ class Linear(nn.Linear):
             return few_rows_product(z, weight)
 
         return F.linear(z, weight, bias)
+
+
+def recompute(function: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+    """Call a function of states; what it computes on the way is not kept, but computed again.
+
+    The backward pass does so up to what it needs: a matrix product at the end is not repeated.
+    """
+    if not torch.is_grad_enabled():
+        return function(z)
+
+    return checkpoint(function, z, use_reentrant=False)
 
 
 def is_generating(z: Tensor) -> bool:
@@ -478,122 +498,3 @@ def generate(
         yield tokens
 
         x = tokens[:, None]
-
-
-def linear_cross_entropy(z: Tensor, weight: Tensor, y: Tensor, vocabulary_size: int) -> Tensor:
-    """Project states to logits and take their mean cross entropy, a chunk of positions at a time.
-
-    Gives the loss of `cross_entropy(linear(z, weight)[..., :vocabulary_size], y)` and its
-    gradients, but the logits of one chunk alone are ever in memory.
-
-    Args:
-        z: states, (B, T, D).
-        weight: output layer, (V, D) with V >= vocabulary_size; further rows are never predicted.
-        y: target ids, int64 (B, T); below 0 where a position is to have no loss.
-
-    Returns:
-        A float32 scalar in nats per target (0 without any).
-    """
-    # The matrix products run at the precision of the surrounding autocast, as a Linear would.
-    device = z.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-
-    z, y = z.flatten(0, 1), y.flatten()  # (N, D), (N)
-
-    # Who fine-tunes has many positions without a target; who pre-trains need not look for them.
-    if not weight.requires_grad:
-        is_target = y >= 0
-        z, y = z[is_target], y[is_target]
-
-    return LinearCrossEntropy.apply(z, weight, y, vocabulary_size, dtype, torch.is_grad_enabled())
-
-
-class LinearCrossEntropy(torch.autograd.Function):
-    """The gradients are made together with the loss, while the logits of a chunk are at hand.
-
-    For one position with logits l = W z, target t and any shift m, let e = exp(l - m) and
-    s = sum(e). Then loss = log(s) + m - l_t and d loss / d l = (e - s onehot(t)) / s = g / s, so
-    d loss / d z = g W / s and d loss / d W = g^T (z / s): nothing V wide has to be divided.
-    """
-
-    @staticmethod
-    def forward(ctx, z, weight, y, vocabulary_size, dtype, is_grad_enabled):
-        # 128 rows of 50,304 logits stay in a CPU's outer cache.
-        chunk_size = 128 if z.device.type == "cpu" else 2048
-
-        z_low, weight_low = z.to(dtype), weight.to(dtype)  # (N, D), (V, D)
-        loss = torch.zeros((), device=z.device)
-        dz = dweight = None
-
-        # What needs a gradient is told also where none are recorded.
-        if is_grad_enabled and ctx.needs_input_grad[0]:
-            dz = torch.empty_like(z, dtype=torch.float32)
-
-        if is_grad_enabled and ctx.needs_input_grad[1]:
-            dweight = torch.zeros_like(weight, dtype=torch.float32)
-
-        # One buffer for all chunks: fresh memory is paid for in page faults.
-        buffer = z.new_empty(min(chunk_size, len(z)), len(weight), dtype=torch.float32)
-
-        for start in range(0, len(z), chunk_size):
-            rows = slice(start, start + chunk_size)
-            has_target = (y[rows] >= 0)[:, None]  # (n, 1)
-            targets = y[rows].clamp(min=0)[:, None]  # (n, 1)
-
-            logits = product_into(buffer[: len(targets)], z_low[rows], weight_low.T)  # (n, V)
-            logits[:, vocabulary_size:] = -math.inf
-            shift = logits.amax(dim=-1, keepdim=True)  # (n, 1)
-            target_logits = logits.gather(1, targets)  # (n, 1)
-            g = logits.sub_(shift).exp_()  # (n, V)
-            total = g.sum(dim=-1, keepdim=True)  # (n, 1)
-
-            loss += (total.log() + shift - target_logits).where(has_target, 0.0).sum()
-
-            if dz is not None or dweight is not None:
-                # fp16 has few digits left below 6e-5: there g is divided and not z.
-                if dtype == torch.float16:
-                    g.div_(total)
-                    total.fill_(1.0)
-
-                g.scatter_add_(1, targets, -total)
-                g_low = g.to(dtype)
-                scale = has_target / total  # (n, 1)
-
-                if dz is not None:
-                    dz[rows] = (g_low @ weight_low) * scale
-
-                if dweight is not None:
-                    add_product(dweight, g_low.T, (z[rows] * scale).to(dtype))
-
-        count = (y >= 0).sum().clamp(min=1)
-        ctx.save_for_backward(dz, dweight, count)
-        ctx.dtypes = z.dtype, weight.dtype
-
-        return loss / count
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_output):
-        dz, dweight, count = ctx.saved_tensors
-        z_dtype, weight_dtype = ctx.dtypes
-        scale = grad_output / count
-        dz = None if dz is None else (dz * scale).to(z_dtype)
-        dweight = None if dweight is None else dweight.mul_(scale).to(weight_dtype)
-
-        return dz, dweight, None, None, None, None
-
-
-def product_into(buffer: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Write left @ right to a float32 buffer; without a copy when the factors are float32 too."""
-    if left.dtype == buffer.dtype:
-        return torch.mm(left, right, out=buffer)
-
-    return buffer.copy_(left @ right)
-
-
-def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left @ right to a float32 total; without a copy when the factors are float32 too."""
-    if left.dtype == total.dtype:
-        total.addmm_(left, right)
-    else:
-        total.add_(left @ right)

@@ -6,6 +6,7 @@ Axes of the tensors: B samples, T tokens.
 
 import contextlib
 import csv
+import ctypes
 import math
 import os
 import re
@@ -154,6 +155,17 @@ def sum_of_rates(world: World, precision: str) -> float:
     return world.sum(int(matmul_rate(world.device, precision)))[0]
 
 
+def keep_freed_memory() -> None:
+    """Let this process keep what it frees, where the C library is glibc.
+
+    It would go back to the system, and every step would pay for it again in page faults.
+    """
+    if hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        trim_threshold, mmap_max = -1, -4
+        libc.mallopt(trim_threshold, -1)
+        libc.mallopt(mmap_max, 0)
+
+
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -240,6 +252,9 @@ class Trainer:
         # once, one of them can get a coarse kernel for it (off by 1e-4, in one run of a hundred on
         # a busy machine), and the run is not the same twice. So the first call is made here.
         torch.zeros(1).exp()
+
+        if self.device.type == "cpu":
+            keep_freed_memory()
 
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
 
@@ -386,6 +401,8 @@ class Trainer:
             " --learning_rate, or with --precision=fp32."
         )
 
+    # Compiled code is for training: it would be compiled once more for the few batches of a test.
+    @torch.compiler.set_stance("force_eager")
     @torch.no_grad()
     def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]], stop: StopSignal) -> float:
         """Return the mean loss in nats per target; no state of training changes.

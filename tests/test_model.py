@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from distributed import World
-from model import GPT, check_sizes, linear_cross_entropy
+from loss import linear_cross_entropy
+from model import GPT, check_sizes
 from optimizers import Optimizers
 
 SIZES = {

@@ -665,3 +665,27 @@ def test_tiny_preset_is_offline_and_small(pre_train):
     assert args.embedding_dimensions == pre_train.PRESETS["tiny"]["embedding_dimensions"]
     assert given == {"preset", "dropout"}
     assert json.dumps(vars(args))
+
+
+@pytest.mark.parametrize("flags", [[], ["--activation_checkpointing=True", "--dropout=0.1"]])
+def test_nothing_is_compiled_after_the_first_update(pre_train, small, monkeypatch, flags):
+    """Neither testing, nor a last batch of fewer windows, nor the epochs that follow."""
+    graphs = []
+
+    def count(move):
+        def counted(*args):
+            result = move(*args)
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+            return result
+
+        return counted
+
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    monkeypatch.setattr(training.Trainer, "take_step", count(training.Trainer.take_step))
+    monkeypatch.setattr(training.Trainer, "evaluate", count(training.Trainer.evaluate))
+    pre_train.main(small("--compile=True", "--eval_interval=1", "--batch_size=3", *flags))
+
+    assert len(graphs) == 3 * 2 + 3
+    # The probe of the compiler, a block and the loss.
+    assert {number - before for number in graphs} == {3}

@@ -1,0 +1,167 @@
+"""The loss of a language model: output layer and cross entropy in one, a chunk at a time.
+
+Axes of the tensors: B batch, T tokens, N = B x T positions, n positions of a chunk, D dimensions of
+a state, V vocabulary (padded).
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def exponentiate(logits: Tensor, is_normalized: bool) -> tuple[Tensor, Tensor]:
+    """Replace logits (n, V) by e = exp(logits - shift), or by probabilities.
+
+    Compiled, it goes over them twice; operation by operation, five times.
+
+    Returns:
+        The shift, which is the greatest logit of a row, and the sum of e: float32 (n, 1) each.
+    """
+    # The logits themselves where they are in float32.
+    exact = logits.float()
+    shift = exact.amax(dim=-1, keepdim=True)
+    total = exact.sub_(shift).exp_().sum(dim=-1, keepdim=True)
+
+    if is_normalized:
+        exact.div_(total)
+
+    logits.copy_(exact)
+
+    return shift, total
+
+
+def linear_cross_entropy(
+    z: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    vocabulary_size: int,
+    exponentiate: Callable = exponentiate,
+) -> Tensor:
+    """Project states to logits and take their mean cross entropy, a chunk of positions at a time.
+
+    Gives the loss of `cross_entropy(linear(z, weight)[..., :vocabulary_size], y)` and its
+    gradients, but the logits of one chunk alone are ever in memory.
+
+    Args:
+        z: states, (B, T, D).
+        weight: output layer, (V, D) with V >= vocabulary_size; further rows are never predicted.
+        y: target ids, int64 (B, T); below 0 where a position is to have no loss.
+        exponentiate: the function of that name, perhaps compiled.
+
+    Returns:
+        A float32 scalar in nats per target (0 without any).
+    """
+    # The matrix products run at the precision of the surrounding autocast, as a Linear would.
+    device = z.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+    z, y = z.flatten(0, 1), y.flatten()  # (N, D), (N)
+
+    # Who fine-tunes has many positions without a target; who pre-trains need not look for them.
+    if not weight.requires_grad:
+        is_target = y >= 0
+        z, y = z[is_target], y[is_target]
+
+    is_grad_enabled = torch.is_grad_enabled()
+
+    return LinearCrossEntropy.apply(
+        z, weight, y, vocabulary_size, dtype, is_grad_enabled, exponentiate
+    )
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """The gradients are made together with the loss, while the logits of a chunk are at hand.
+
+    For one position with logits l = W z, target t and any shift m, let e = exp(l - m) and
+    s = sum(e). Then loss = log(s) + m - l_t and d loss / d l = (e - s onehot(t)) / s = g / s, so
+    d loss / d z = g W / s and d loss / d W = g^T (z / s): nothing V wide has to be divided.
+    """
+
+    @staticmethod
+    def forward(ctx, z, weight, y, vocabulary_size, dtype, is_grad_enabled, exponentiate):
+        z_low, weight_low = z.to(dtype), weight.to(dtype)  # (N, D), (V, D)
+        loss = torch.zeros((), device=z.device)
+        dz = dweight = None
+
+        # What needs a gradient is told also where none are recorded.
+        if is_grad_enabled and ctx.needs_input_grad[0]:
+            dz = torch.empty_like(z, dtype=torch.float32)
+
+        if is_grad_enabled and ctx.needs_input_grad[1]:
+            dweight = torch.zeros_like(weight, dtype=torch.float32)
+
+        # fp16 has few digits left below 6e-5: there g is divided and not z.
+        is_normalized = dtype == torch.float16
+        # One buffer for all chunks: fresh memory is paid for in page faults.
+        chunk_size = size_of_chunk(z_low)
+        buffer = z_low.new_empty(chunk_size, len(weight))
+
+        for start in range(0, len(z), chunk_size):
+            rows = slice(start, start + chunk_size)
+            has_target = (y[rows] >= 0)[:, None]  # (n, 1)
+            targets = y[rows].clamp(min=0)[:, None]  # (n, 1)
+            n = len(targets)
+
+            logits = torch.mm(z_low[rows], weight_low.T, out=buffer[:n])  # (n, V)
+            logits[:, vocabulary_size:] = -math.inf
+            target_logits = logits.gather(1, targets).float()  # (n, 1)
+            # All of the buffer, also in a last chunk of fewer rows: compiled code knows one shape.
+            shift, total = (each[:n] for each in exponentiate(buffer, is_normalized))
+            target_e = (target_logits - shift).exp()
+
+            loss += (total.log() + shift - target_logits).where(has_target, 0.0).sum()
+
+            if dz is not None or dweight is not None:
+                if is_normalized:
+                    target_e /= total
+                    total = torch.ones_like(total)
+
+                g = logits.scatter_(1, targets, (target_e - total).to(dtype))  # (n, V)
+                scale = has_target / total  # (n, 1)
+
+                if dz is not None:
+                    dz[rows] = (g @ weight_low) * scale
+
+                if dweight is not None:
+                    add_product(dweight, g.T, (z[rows] * scale).to(dtype))
+
+        count = (y >= 0).sum().clamp(min=1)
+        ctx.save_for_backward(dz, dweight, count)
+        ctx.dtypes = z.dtype, weight.dtype
+
+        return loss / count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        dz, dweight, count = ctx.saved_tensors
+        z_dtype, weight_dtype = ctx.dtypes
+        scale = grad_output / count
+        dz = None if dz is None else (dz * scale).to(z_dtype)
+        dweight = None if dweight is None else dweight.mul_(scale).to(weight_dtype)
+
+        return dz, dweight, None, None, None, None, None
+
+
+def size_of_chunk(z: Tensor) -> int:
+    """Return how many of the states (N, D) to project at a time.
+
+    On a CPU 128 rows of 50,304 logits in float32 stay in the outer cache, but products are faster
+    with more, which wins where states are wide; a GPU wants large kernels.
+    """
+    num_rows, width = z.shape
+    most = 4096 if z.is_cuda else min(max(128, 2 * width), 512) * 4 // z.element_size()
+    num_chunks = math.ceil(num_rows / most)
+
+    return math.ceil(num_rows / num_chunks) if num_rows else 1
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left @ right to a float32 total; without a copy when the factors are float32 too."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(left @ right)
