@@ -230,7 +230,18 @@ class MLP(nn.Module):
         return recompute(self.narrow, self.hidden(z))
 
     def narrow(self, z: Tensor) -> Tensor:
-        return self.output(F.gelu(z, approximate="tanh"))
+        return self.output(gelu(z))
+
+
+def gelu(z: Tensor) -> Tensor:
+    """Bend by GELU, which is z sigmoid(2 u) = z (1 + tanh(u)) / 2 in its tanh form.
+
+    Compiled, the first form is twice as fast on a CPU; uncompiled, PyTorch has a kernel of its own.
+    """
+    if not torch.compiler.is_compiling():
+        return F.gelu(z, approximate="tanh")
+
+    return z * torch.sigmoid(math.sqrt(8 / math.pi) * (z + 0.044715 * z**3))
 
 
 class Linear(nn.Linear):

@@ -278,7 +278,7 @@ def report(args: argparse.Namespace, hardware: Contestant, contestants: list[Con
                 ),
                 "peak_gb": round(other.peak / 1e9, 2),
                 "seconds_to_first_step": round(other.first, 1),
-                "loss": round(other.results[-1], 4),
+                "seconds": [round(seconds, 2) for seconds in other.seconds],
             }
             for other in contestants
         },

@@ -8,6 +8,7 @@ import signal
 import pytest
 import torch
 import torch.nn.functional as F
+from test_model import counterparts, hugging_face_pair
 from torch import nn
 
 import training
@@ -20,6 +21,7 @@ from training import (
     StopSignal,
     Trainer,
     TrainingError,
+    compile_model,
     load_weights,
     own_device,
     prefetch,
@@ -392,3 +394,48 @@ def test_metrics_begin_with_the_rows_of_a_resumed_run(tmp_path):
     assert lines[1].startswith("1,1,1,1,,1")
     assert lines[2].startswith("2,")
     assert len(lines) == 3
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 1e-3)])
+def test_compiled_training_learns_what_the_plain_network_does(precision, tolerance, stop):
+    """100 updates of 2 micro-batches: Hugging Face's network, eager and in float32, beside ours."""
+    ours, theirs = hugging_face_pair()
+    ours.initialize()
+
+    with torch.no_grad():
+        for name, tensor in counterparts(ours, theirs):
+            tensor.copy_(ours.get_parameter(name)[: len(tensor)])
+
+    decayed = [p for p in theirs.parameters() if p.ndim == 2]
+    others = [p for p in theirs.parameters() if p.ndim != 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
+        lr=1e-3,
+        betas=(0.9, 0.95),
+    )
+    trainer = build(ours, "adamw", Schedule("constant", 1e-3, 0.0, 0, 100), precision)
+    assert compile_model(ours, CPU) == "compiled"
+    generator = torch.Generator().manual_seed(0)
+    losses = []
+
+    for number in range(100):
+        # What follows a token is one of two.
+        tokens = [torch.randint(300, (8, 1), generator=generator)]
+
+        for _ in range(32):
+            coin = torch.randint(2, (8, 1), generator=generator)
+            tokens.append((7 * tokens[-1] + coin) % 300)
+
+        x, y = (torch.cat(part, dim=1) for part in (tokens[:-1], tokens[1:]))
+        step = [(2 * number + i, x[4 * i :][:4], y[4 * i :][:4]) for i in range(2)]
+        loss, _ = trainer.take_step(step, stop)
+
+        expected = F.cross_entropy(theirs(x).logits.flatten(0, 1), y.flatten())
+        expected.backward()
+        nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append((loss, expected.item()))
+
+    assert losses[-1][1] < 5.0 < losses[0][1]
+    assert max(abs(loss - expected) for loss, expected in losses) < tolerance
