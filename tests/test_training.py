@@ -410,10 +410,10 @@ def test_compiled_training_learns_what_the_plain_network_does(precision, toleran
     others = [p for p in theirs.parameters() if p.ndim != 2]
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
-        lr=1e-3,
+        lr=2e-3,
         betas=(0.9, 0.95),
     )
-    trainer = build(ours, "adamw", Schedule("constant", 1e-3, 0.0, 0, 100), precision)
+    trainer = build(ours, "adamw", Schedule("constant", 2e-3, 0.0, 0, 100), precision)
     assert compile_model(ours, CPU) == "compiled"
     generator = torch.Generator().manual_seed(0)
     losses = []
