@@ -44,6 +44,7 @@ from training import (
     own_device,
     resolve_device,
     resolve_precision,
+    tune_memory,
 )
 
 T = TypeVar("T")
@@ -217,6 +218,9 @@ def run_script(
         return fail(error, status=2) if world.is_first else 2
     except (TrainingError, ProcessError) as error:
         return fail(error) if world.is_first else 1
+
+    if device.type == "cpu":
+        tune_memory()
 
     world.sharding = args.sharding
     world.timeout = timedelta(minutes=args.process_timeout)

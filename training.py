@@ -155,11 +155,15 @@ def sum_of_rates(world: World, precision: str) -> float:
     return world.sum(int(matmul_rate(world.device, precision)))[0]
 
 
-def keep_freed_memory() -> None:
-    """Let this process keep what it frees, where the C library is glibc.
+def tune_memory() -> None:
+    """Let this process keep what it frees, in huge pages; to be called before the first tensor.
 
-    It would go back to the system, and every step would pay for it again in page faults.
+    By itself glibc gives it back to the system, and every step pays for it again in page faults.
+    Elsewhere than on Linux nothing changes.
     """
+    # PyTorch reads it once, when it first allocates.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
     if hasattr(libc := ctypes.CDLL(None), "mallopt"):
         trim_threshold, mmap_max = -1, -4
         libc.mallopt(trim_threshold, -1)
@@ -252,9 +256,6 @@ class Trainer:
         # once, one of them can get a coarse kernel for it (off by 1e-4, in one run of a hundred on
         # a busy machine), and the run is not the same twice. So the first call is made here.
         torch.zeros(1).exp()
-
-        if self.device.type == "cpu":
-            keep_freed_memory()
 
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
 

@@ -39,7 +39,10 @@ def ours(args: argparse.Namespace, optimizer: str) -> Callable[[], float]:
     from model import GPT
     from optimizers import Optimizers, Schedule
     from tokenizer import VOCABULARY_SIZE
-    from training import StopSignal, Trainer, compile_model, product_format
+    from training import StopSignal, Trainer, compile_model, product_format, tune_memory
+
+    if args.device == "cpu":
+        tune_memory()
 
     torch.manual_seed(0)
     world = World(device=torch.device(args.device))

@@ -4,10 +4,13 @@ import copy
 import math
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from test_model import counterparts, hugging_face_pair
 from torch import nn
 
@@ -439,3 +442,26 @@ def test_compiled_training_learns_what_the_plain_network_does(precision, toleran
 
     assert losses[-1][1] < 5.0 < losses[0][1]
     assert max(abs(loss - expected) for loss, expected in losses) < tolerance
+
+
+def test_freed_memory_is_kept():
+    """A large tensor that is made again costs no page faults."""
+    code = """
+import resource, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from training import tune_memory
+tune_memory()
+size = 1 << 25
+for _ in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(size)
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(faults, 4 * size // resource.getpagesize())
+"""
+    command = [sys.executable, "-c", code, ROOT]
+    result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    faults, num_pages = map(int, result.stdout.split())
+
+    assert num_pages > 1000
+    assert faults < num_pages / 100 or not sys.platform.startswith("linux")
