@@ -21,12 +21,19 @@ from distributed import World  # noqa: E402
 from model import GPT  # noqa: E402
 from optimizers import Optimizers, Schedule  # noqa: E402
 from tokenizer import VOCABULARY_SIZE  # noqa: E402
-from training import StopSignal, Trainer, compile_model, peak_memory, product_format  # noqa: E402
+from training import (  # noqa: E402
+    StopSignal,
+    Trainer,
+    compile_model,
+    peak_memory,
+    product_format,
+    tune_memory,
+)
 
 PRESETS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 # For every dimension of a token, the bytes that a compiled layer with dropout keeps for its
 # backward pass.
-ACTIVATION_SIZE = {"fp32": 66, "bf16": 36}
+ACTIVATION_SIZE = {"fp32": 50, "bf16": 28}
 
 
 @dataclass
@@ -41,8 +48,8 @@ class Plan:
     sharding: str = "optimizer"
     precision: str = "bf16"
     activation_checkpointing: bool = False
-    # The positions whose logits are in memory at a time.
-    chunk_size: int = 2048
+    # The most positions whose logits are in memory at a time.
+    chunk_size: int = 4096
 
     def __post_init__(self):
         self.num_rows = math.ceil(VOCABULARY_SIZE / 128) * 128
@@ -75,7 +82,9 @@ class Plan:
     @property
     def activations(self) -> float:
         token = self.embedding_dimensions * self.batch_size * self.block_size
-        layer = token * ACTIVATION_SIZE[self.precision] + 2 * self.block * self.is_low
+        # Copies in bf16 of the weights; that of the MLP's second layer is made again.
+        copies = 2 * self.block * 2 / 3 * self.is_low
+        layer = token * ACTIVATION_SIZE[self.precision] + copies
 
         if self.activation_checkpointing:
             return layer + 4 * token * self.num_hidden_layers
@@ -84,11 +93,11 @@ class Plan:
 
     @property
     def loss(self) -> float:
-        """The gradient of the output layer, and the logits of a chunk with their gradient."""
+        """Logits, and the gradient of the output layer: in bf16 with copies of it and the weights."""
         output = self.num_rows * self.embedding_dimensions
         chunk = self.num_rows * min(self.chunk_size, self.batch_size * self.block_size)
 
-        return output * (6 if self.is_low else 4) + chunk * (6 if self.is_low else 8)
+        return output * (8 if self.is_low else 4) + chunk * (2 if self.is_low else 4)
 
     @property
     def total(self) -> float:
@@ -122,6 +131,7 @@ def measure(args: argparse.Namespace) -> None:
     """Take two updates of a micro-batch, and compare the memory that this process came to have."""
     world = World.from_environment()
     world.sharding = args.sharding
+    tune_memory()
     world.connect()
     sizes = sizes_of(args.measure)
     before = peak_memory(world.device)
@@ -155,7 +165,7 @@ def measure(args: argparse.Namespace) -> None:
         args.sharding,
         args.precision,
         args.activation_checkpointing,
-        chunk_size=128,
+        chunk_size=512,
     )
     measured = peak_memory(world.device) - before
 
