@@ -93,7 +93,7 @@ class Plan:
 
     @property
     def loss(self) -> float:
-        """Logits, and the gradient of the output layer: in bf16 with copies of it and the weights."""
+        """Logits, and the gradient of the output layer: in bf16 with copies of both."""
         output = self.num_rows * self.embedding_dimensions
         chunk = self.num_rows * min(self.chunk_size, self.batch_size * self.block_size)
 
