@@ -24,12 +24,10 @@ from data import InstructionBatches
 from distributed import World
 from lora import add_lora
 from model import GPT
-from optimizers import Optimizers, Schedule
 from rows import StandardLibraryFunctions, load_examples
+from trainers import make_trainer, never
 from training import (
     PRECISIONS,
-    StopSignal,
-    Trainer,
     autocast,
     compile_model,
     peak_memory,
@@ -60,21 +58,9 @@ def ours(device: torch.device, precision: str, use_compiler: bool):
         compile_model(model, device, is_dynamic=True)
 
     world = World(device=device)
-    trainer = Trainer(
-        model,
-        model,
-        Optimizers(model, "adamw", 0.0, world),
-        Schedule("constant", 1e-4, 0.0, 0, 1),
-        world,
-        precision,
-        0,
-        1.0,
-        peak_rate=1.0,
-    )
-    stop = StopSignal()
-    stop.number = None
+    trainer = make_trainer(model, model, world, precision)
 
-    return lambda x, y: trainer.take_step([(0, x, y)], stop)
+    return lambda x, y: trainer.take_step([(0, x, y)], never())
 
 
 def theirs(device: torch.device, precision: str):

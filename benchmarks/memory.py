@@ -19,16 +19,9 @@ sys.path.insert(0, str(ROOT))
 
 from distributed import World  # noqa: E402
 from model import GPT  # noqa: E402
-from optimizers import Optimizers, Schedule  # noqa: E402
 from tokenizer import VOCABULARY_SIZE  # noqa: E402
-from training import (  # noqa: E402
-    StopSignal,
-    Trainer,
-    compile_model,
-    peak_memory,
-    product_format,
-    tune_memory,
-)
+from trainers import make_trainer, never  # noqa: E402
+from training import compile_model, peak_memory, tune_memory  # noqa: E402
 
 PRESETS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 # For every dimension of a token, the bytes that a compiled layer with dropout keeps for its
@@ -139,22 +132,9 @@ def measure(args: argparse.Namespace) -> None:
     model.activation_checkpointing = args.activation_checkpointing
     network = world.prepare(model, model.blocks)
     compile_model(model, world.device)
-    dtype = product_format(args.precision)
-    trainer = Trainer(
-        model,
-        network,
-        Optimizers(model, "muon", 0.1, world, dtype),
-        Schedule("constant", 1e-4, 0.0, 0, 1),
-        world,
-        args.precision,
-        seed=0,
-        max_gradient_norm=1.0,
-        peak_rate=1.0,
-    )
+    trainer = make_trainer(model, network, world, args.precision, "muon")
     x = torch.randint(VOCABULARY_SIZE, (args.batch_size, args.block_size))
-
-    with StopSignal() as stop:
-        trainer.train_epoch(lambda number: [(number, x, x)], 2, stop)
+    trainer.train_epoch(lambda number: [(number, x, x)], 2, never())
 
     plan = Plan(
         sizes["embedding_dimensions"],

@@ -37,9 +37,9 @@ def ours(args: argparse.Namespace, optimizer: str) -> Callable[[], float]:
 
     from distributed import World
     from model import GPT
-    from optimizers import Optimizers, Schedule
     from tokenizer import VOCABULARY_SIZE
-    from training import StopSignal, Trainer, compile_model, product_format, tune_memory
+    from trainers import make_trainer, never
+    from training import compile_model, tune_memory
 
     if args.device == "cpu":
         tune_memory()
@@ -62,23 +62,11 @@ def ours(args: argparse.Namespace, optimizer: str) -> Callable[[], float]:
     if args.compile:
         compile_model(model, world.device)
 
-    trainer = Trainer(
-        model,
-        network,
-        Optimizers(model, optimizer, 0.1, world, product_format(args.precision)),
-        Schedule("constant", 5e-4, 0.0, 0, 1),
-        world,
-        args.precision,
-        seed=0,
-        max_gradient_norm=1.0,
-        peak_rate=1.0,
-    )
+    trainer = make_trainer(model, network, world, args.precision, optimizer)
     x = torch.randint(VOCABULARY_SIZE, (args.batch_size, args.block_size))
-    stop = StopSignal()
-    stop.number = None
     model.train()
 
-    return lambda: trainer.take_step([(0, x, x)], stop)[0]
+    return lambda: trainer.take_step([(0, x, x)], never())[0]
 
 
 def nanogpt(args: argparse.Namespace, mode: str) -> Callable[[], float]:

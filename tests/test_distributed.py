@@ -9,9 +9,9 @@ import sys
 import pytest
 import torch
 from conftest import assert_same_run
-from processes import Group, assert_close_runs, finished
 
 from distributed import ProcessError, World
+from processes import Group, assert_close_runs, finished
 from training import load_share
 
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from conftest import assert_same_run, finish, launch
 from hub_server import parquet_rows, serve
-from processes import Group, assert_close_runs, finished
 from test_pre_train import KILL_AT, SIGNAL_AT, read
 
 from checkpoint import build_model, load_checkpoint, save_checkpoint
+from processes import Group, assert_close_runs, finished
 
 NUM_ROWS = 45
 

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from conftest import PROLOGUE, assert_same_run, finish
+
 from processes import Group, finished
 
 FLAGS = ("--gradient_accumulation_steps=4", "--samples_per_epoch=40")
