@@ -100,7 +100,11 @@ class HubDataset:
         disable_progress_bars()
 
         def load(revision: str | None = None):
-            return load_dataset(self.repository, self.config, revision=revision, split="train")
+            try:
+                return load_dataset(self.repository, self.config, revision=revision, split="train")
+            except ConnectionError as error:
+                # Raised when the client itself has tried for half a minute.
+                raise DataError(one_line(error)) from error
 
         with reported_errors(self.description):
             try:
