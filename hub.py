@@ -39,6 +39,10 @@ class DamagedDownloadError(DataError):
     """What came over the network is not what the Hub holds."""
 
 
+class UnreachableError(DataError):
+    """There is no way to the Hub, for now."""
+
+
 @dataclass(frozen=True)
 class HubDataset:
     """The column `text` of the split `train` of a dataset."""
@@ -103,8 +107,11 @@ class HubDataset:
             try:
                 return load_dataset(self.repository, self.config, revision=revision, split="train")
             except ConnectionError as error:
-                # Raised when the client itself has tried for half a minute.
-                raise DataError(one_line(error)) from error
+                # This very type is raised when the client itself has tried for half a minute.
+                if type(error) is ConnectionError:
+                    raise UnreachableError(str(error)) from error
+
+                raise
 
         with reported_errors(self.description):
             try:
@@ -423,7 +430,8 @@ def reported_errors(what: str) -> Iterator[None]:
     except DamagedDownloadError:
         raise
     except Exception as error:
-        again = " The same command goes on where this one stopped." if is_passing(error) else ""
+        is_for_now = is_passing(error) or isinstance(error, UnreachableError)
+        again = " The same command goes on where this one stopped." if is_for_now else ""
 
         raise DataError(
             f"{what} cannot be read from the Hub: {one_line(error)}.{again} --dataset=stdlib or a"

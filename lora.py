@@ -44,7 +44,9 @@ class LoraLinear(Linear):
     def forward(self, z: Tensor) -> Tensor:
         low = F.linear(self.dropout(z), self.lora_a)  # (…, R)
 
-        return super().forward(z) + F.linear(low, self.alpha * self.lora_b)
+        # In this order: where the backward pass computes states again, it stops at the last that it
+        # needs, which is low, and leaves the frozen product out.
+        return F.linear(low, self.alpha * self.lora_b) + super().forward(z)
 
 
 def add_lora(

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def exponentiate(logits: Tensor, is_normalized: bool) -> tuple[Tensor, Tensor]:
-    """Replace logits (n, V) by e = exp(logits - shift), or by probabilities.
+def exponentiate(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Replace logits (n, V) by e = exp(logits - shift).
 
     Compiled, it goes over them twice; operation by operation, five times.
 
@@ -24,10 +24,6 @@ def exponentiate(logits: Tensor, is_normalized: bool) -> tuple[Tensor, Tensor]:
     exact = logits.float()
     shift = exact.amax(dim=-1, keepdim=True)
     total = exact.sub_(shift).exp_().sum(dim=-1, keepdim=True)
-
-    if is_normalized:
-        exact.div_(total)
-
     logits.copy_(exact)
 
     return shift, total
@@ -42,7 +38,7 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Project states to logits and take their mean cross entropy, a chunk of positions at a time.
 
-    Gives the loss of `cross_entropy(linear(z, weight)[..., :vocabulary_size], y)` and its
+    Gives the loss of `cross_entropy(linear(z, weight)[..., :vocabulary_size], y)` and, once, its
     gradients, but the logits of one chunk alone are ever in memory.
 
     Args:
@@ -109,13 +105,14 @@ class LinearCrossEntropy(torch.autograd.Function):
             logits[:, vocabulary_size:] = -math.inf
             target_logits = logits.gather(1, targets).float()  # (n, 1)
             # All of the buffer, also in a last chunk of fewer rows: compiled code knows one shape.
-            shift, total = (each[:n] for each in exponentiate(buffer, is_normalized))
+            shift, total = (each[:n] for each in exponentiate(buffer))
             target_e = (target_logits - shift).exp()
 
             loss += (total.log() + shift - target_logits).where(has_target, 0.0).sum()
 
             if dz is not None or dweight is not None:
                 if is_normalized:
+                    logits /= total
                     target_e /= total
                     total = torch.ones_like(total)
 

@@ -402,8 +402,6 @@ class Trainer:
             " --learning_rate, or with --precision=fp32."
         )
 
-    # Compiled code is for training: it would be compiled once more for the few batches of a test.
-    @torch.compiler.set_stance("force_eager")
     @torch.no_grad()
     def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]], stop: StopSignal) -> float:
         """Return the mean loss in nats per target; no state of training changes.
@@ -419,7 +417,8 @@ class Trainer:
             count = int((y >= 0).sum()) if is_own else 0
             x, y = x.to(self.device), y.to(self.device)
 
-            with autocast(self.device, self.precision):
+            # Compiled code is for training: a test would have it compiled once more.
+            with torch.compiler.set_stance("force_eager"), autocast(self.device, self.precision):
                 total += self.model(x, y) * count
 
             num_targets += count

@@ -145,7 +145,7 @@ def measure(args: argparse.Namespace) -> None:
         args.sharding,
         args.precision,
         args.activation_checkpointing,
-        chunk_size=512,
+        chunk_size=512 if args.precision == "fp32" else 1024,
     )
     measured = peak_memory(world.device) - before
 

@@ -214,7 +214,9 @@ def compete(args: argparse.Namespace) -> dict:
         names["ours with muon"] = (ours, "muon")
 
     if args.nanogpt:
-        names |= {f"nanoGPT {mode}": (nanogpt, mode) for mode in args.modes}
+        # On a GPU it ships compiled, in bf16.
+        modes = args.modes if args.device == "cpu" else ["ships"]
+        names |= {f"nanoGPT {mode}": (nanogpt, mode) for mode in modes}
 
     hardware = Contestant(args, "limit", limit)
     contestants = []
@@ -288,7 +290,9 @@ def flops_per_token(args: argparse.Namespace) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--nanogpt", help="a checkout of github.com/karpathy/nanoGPT")
-    parser.add_argument("--modes", nargs="*", default=["ships", "bf16"])
+    parser.add_argument(
+        "--modes", nargs="*", choices=["ships", "compiled", "bf16"], default=["ships", "bf16"]
+    )
     parser.add_argument("--preset", default="gpt2")
     parser.add_argument("--batch_size", type=int)
     parser.add_argument("--block_size", type=int)

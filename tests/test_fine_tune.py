@@ -156,7 +156,7 @@ def test_what_was_saved_is_what_was_tested(fine_tune, small, base_path, rows_pat
     [
         ["--dropout=0.1"],
         ["--dropout=0.1", "--precision=bf16", "--optimizer=adamw"],
-        ["--dropout=0.1", "--compile=True"],
+        pytest.param(["--dropout=0.1", "--compile=True"], marks=pytest.mark.slow),
     ],
     ids=["fp32", "bf16", "compiled"],
 )

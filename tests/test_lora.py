@@ -6,7 +6,9 @@ import peft
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
+import model
 from lora import (
     LoraLinear,
     add_lora,
@@ -204,3 +206,22 @@ def test_an_adapter_that_is_not_whole_is_not_merged(base, change):
         merge_lora(base, adapter, ALPHA)
 
     assert all(torch.equal(base.state_dict()[key], weight) for key, weight in before.items())
+
+
+def test_frozen_products_are_not_repeated(monkeypatch):
+    """What is computed again for the backward pass is no large matrix product."""
+
+    def count() -> int:
+        adapted = GPT(300, 64, 64, 4, 2)
+        add_lora(adapted, 4, 2.0)
+        x = torch.randint(300, (2, 64))
+
+        with FlopCounterMode(display=False) as counter:
+            adapted(x, x).backward()
+
+        return counter.get_total_flops()
+
+    flops = count()
+    monkeypatch.setattr(model, "recompute", lambda function, z: function(z))
+
+    assert flops < 1.03 * count()

@@ -399,7 +399,9 @@ def test_metrics_begin_with_the_rows_of_a_resumed_run(tmp_path):
     assert len(lines) == 3
 
 
-@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 1e-3)])
+@pytest.mark.parametrize(
+    ("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 1e-3), ("fp16", 1e-3)]
+)
 def test_compiled_training_learns_what_the_plain_network_does(precision, tolerance, stop):
     """100 updates of 2 micro-batches: Hugging Face's network, eager and in float32, beside ours."""
     ours, theirs = hugging_face_pair()
