@@ -15,10 +15,12 @@ from distributed import World, spread_like, whole
 class Optimizers:
     """AdamW for all weights of a model, or Muon for the hidden matrices and AdamW for the rest.
 
-    AdamW decays matrices only (Loshchilov and Hutter 2019).
+    AdamW decays matrices only (Loshchilov and Hutter 2019); Muon's alone decay where it is chosen.
 
     Args:
         dtype: the format of matrix products.
+        width: of a model whose steps with Muon are to go as far as step_factors says; without it
+            the learning rate is taken as it is.
     """
 
     def __init__(
@@ -28,6 +30,7 @@ class Optimizers:
         weight_decay: float,
         world: World,
         dtype: torch.dtype = torch.float32,
+        width: int | None = None,
     ):
         embeddings = {
             id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
@@ -42,9 +45,12 @@ class Optimizers:
         if world.size > 1:
             from sharding import ShardedMuon, SharedOptimizer
 
+        factor = 1.0
+
         if name == "muon":
-            groups = [{"params": hidden, "weight_decay": weight_decay}]
-            hidden = []
+            hidden_factor, factor = step_factors(width) if width else (1.0, 1.0)
+            groups = [{"params": hidden, "weight_decay": weight_decay, "factor": hidden_factor}]
+            hidden, weight_decay = [], 0.0
 
             if world.has_sharded_weights:
                 self.parts.append(ShardedMuon(groups, dtype, world))
@@ -55,8 +61,8 @@ class Optimizers:
                 self.parts.append(Muon(groups, dtype))
 
         groups = [
-            {"params": hidden + rest, "weight_decay": weight_decay},
-            {"params": [p for p in trained if p.ndim != 2], "weight_decay": 0.0},
+            {"params": hidden + rest, "weight_decay": weight_decay, "factor": factor},
+            {"params": [p for p in trained if p.ndim != 2], "weight_decay": 0.0, "factor": factor},
         ]
         options = {"betas": (0.9, 0.95), "fused": world.device.type in ("cpu", "cuda")}
 
@@ -76,7 +82,7 @@ class Optimizers:
     def step(self, scaler: torch.amp.GradScaler, learning_rate: float) -> None:
         for part in self.parts:
             for group in part.param_groups:
-                group["lr"] = learning_rate
+                group["lr"] = learning_rate * group["factor"]
 
             scaler.step(part)
 
@@ -110,6 +116,20 @@ class Optimizers:
 
             for group, values in zip(part.param_groups, chosen, strict=True):
                 group.update(values)
+
+
+def step_factors(width: int) -> tuple[float, float]:
+    """Return how far, in learning rates, a step goes in pre-training with Muon.
+
+    So that one rate, 5e-4, is near the best at any width D: what a layer puts out should change as
+    much by a step in a wide model as in a narrow one (Yang et al. 2022, muP). An update of Muon
+    with the root mean square of AdamW's stretches states by sqrt(D); one of AdamW moves logits,
+    sums over D, by D. Both constants were measured, see benchmarks/README.md.
+
+    Returns:
+        The factor of the hidden matrices, and that of all other weights.
+    """
+    return 320 / math.sqrt(width), 5120 / width
 
 
 def spread(state: dict, optimizer: Optimizer) -> dict:

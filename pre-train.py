@@ -74,7 +74,6 @@ PRESETS = {
         "num_epochs": 14,
         "eval_interval": 7,
         "checkpoint_interval": 7,
-        "learning_rate": 1e-2,
     },
     "gpt2": {"embedding_dimensions": 768, "num_attention_heads": 12, "num_hidden_layers": 12},
     "gpt2-medium": {
@@ -257,7 +256,8 @@ def add_recipe_arguments(parser: Parser) -> None:
         "--weight_decay",
         type=non_negative_float,
         default=0.1,
-        help="The proportion of every matrix, times the step size, to take away at an update.",
+        help="The proportion of the matrices (with muon the hidden ones), times the step size, to"
+        " take away at an update.",
     )
     add_seed(add)
 
@@ -448,7 +448,14 @@ def build_trainer(args: Namespace, world: World) -> Trainer:
     return Trainer(
         model,
         network,
-        Optimizers(model, args.optimizer, args.weight_decay, world, product_format(args.precision)),
+        Optimizers(
+            model,
+            args.optimizer,
+            args.weight_decay,
+            world,
+            product_format(args.precision),
+            args.embedding_dimensions,
+        ),
         build_schedule(args),
         world,
         args.precision,

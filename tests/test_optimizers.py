@@ -1,5 +1,6 @@
 """The optimizers against those of PyTorch, and the learning rate against its formula."""
 
+import copy
 import math
 
 import pytest
@@ -26,7 +27,7 @@ def test_schedule(kind):
     assert schedule(9999) == rates[104]
 
 
-def test_every_weight_has_one_optimizer_and_only_matrices_decay():
+def test_every_weight_has_one_optimizer_and_its_decay():
     model = GPT(300, 8, 16, 2, 2, bias=True)
     names = {id(p): name for name, p in model.named_parameters()}
 
@@ -34,17 +35,44 @@ def test_every_weight_has_one_optimizer_and_only_matrices_decay():
         optimizers = Optimizers(model, optimizer, 0.1, World()).parts
         groups = [group for each in optimizers for group in each.param_groups]
         found = sorted(names[id(p)] for group in groups for p in group["params"])
-        undecayed = {
-            names[id(p)] for group in groups if not group["weight_decay"] for p in group["params"]
+        decayed = {
+            names[id(p)] for group in groups if group["weight_decay"] for p in group["params"]
         }
+        matrices = {name for name, p in model.named_parameters() if p.ndim == 2}
+        hidden = {name for name in matrices if name.startswith("blocks")}
 
         assert found == sorted(names.values())
-        assert undecayed == {name for name, p in model.named_parameters() if p.ndim == 1}
+        assert decayed == (matrices if optimizer == "adamw" else hidden)
 
     muon, _ = optimizers
-    assert {names[id(p)] for p in muon.param_groups[0]["params"]} == {
-        name for name, p in model.named_parameters() if p.ndim == 2 and name.startswith("blocks")
-    }
+    assert {names[id(p)] for p in muon.param_groups[0]["params"]} == hidden
+
+
+def test_steps_go_by_the_width_of_the_model():
+    """Against the same optimizers, one at a time, at rates made by hand."""
+    torch.manual_seed(0)
+    model = GPT(300, 8, 16, 2, 1)
+    expected = copy.deepcopy(model)
+    optimizers = Optimizers(model, "muon", 0.1, World(), width=16)
+    hidden = [p for p in expected.blocks.parameters() if p.ndim == 2]
+    rest = [p for p in expected.parameters() if id(p) not in {id(p) for p in hidden}]
+    theirs = [
+        Muon([{"params": hidden, "lr": 80e-3, "weight_decay": 0.1}], torch.float32),
+        torch.optim.AdamW(rest, lr=320e-3, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+
+    for _ in range(3):
+        for left, right in zip(model.parameters(), expected.parameters(), strict=True):
+            left.grad = torch.randn_like(left)
+            right.grad = left.grad.clone()
+
+        optimizers.step(torch.amp.GradScaler(enabled=False), 1e-3)
+
+        for each in theirs:
+            each.step()
+
+    for left, right in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(left, right)
 
 
 def test_frozen_weights_have_no_optimizer():
