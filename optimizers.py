@@ -121,10 +121,10 @@ class Optimizers:
 def step_factors(width: int) -> tuple[float, float]:
     """Return how far, in learning rates, a step goes in pre-training with Muon.
 
-    So that one rate, 5e-4, is near the best at any width D: what a layer puts out should change as
-    much by a step in a wide model as in a narrow one (Yang et al. 2022, muP). An update of Muon
-    with the root mean square of AdamW's stretches states by sqrt(D); one of AdamW moves logits,
-    sums over D, by D. Both constants were measured, see benchmarks/README.md.
+    So that one rate, 5e-4, may serve any width D: what a layer puts out should change as much by a
+    step in a wide model as in a narrow one (Yang et al. 2022, muP). An update of Muon with the root
+    mean square of AdamW's stretches states by sqrt(D); one of AdamW moves logits, sums over D, by
+    D. Both constants are from runs at 128 wide, see benchmarks/README.md.
 
     Returns:
         The factor of the hidden matrices, and that of all other weights.

@@ -107,16 +107,12 @@ training.Trainer.take_step = stopping
 """
 
 
-# Steps of Muon's recipe are far for so narrow a model; with this they are as those of GPT-2.
-RATE = "--learning_rate=1e-5"
-
-
 @pytest.mark.parametrize(
     ("flags", "sizes"),
     [
-        ([RATE, "--optimizer=muon"], (2, 3, 4)),
+        (["--optimizer=muon"], (2, 3, 4)),
         (["--optimizer=adamw", "--dropout=0.2"], (3,)),
-        ([RATE, "--sharding=full", "--dropout=0.2", "--activation_checkpointing"], (3,)),
+        (["--sharding=full", "--dropout=0.2", "--activation_checkpointing"], (3,)),
         (["--sharding=full", "--optimizer=adamw"], (2,)),
     ],
     ids=["muon", "adamw", "muon-full", "adamw-full"],
@@ -126,7 +122,8 @@ def test_any_number_of_processes_learns_the_same(run, flags, sizes):
     one = finished(run(1, *flags))
 
     for size in sizes:
-        assert_close_runs(one, finished(run(size, *flags)))
+        # Steps of 0.16, the recipe's for so narrow a model, are rounded more coarsely.
+        assert_close_runs(one, finished(run(size, *flags)), tolerance=3e-5)
 
 
 @pytest.mark.parametrize("sharding", ["optimizer", pytest.param("full", marks=pytest.mark.slow)])
