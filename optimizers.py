@@ -151,15 +151,17 @@ def spread(state: dict, optimizer: Optimizer) -> dict:
 class Muon(Optimizer):
     """Momentum whose updates of a matrix are made nearly orthogonal (Jordan et al. 2024).
 
-    They have the root mean square of an update of AdamW (Liu et al. 2025), so that one learning
-    rate serves both. Gives what torch.optim.Muon with adjust_lr_fn="match_rms_adamw" does, which
-    knows bf16 alone: in float32 it is as exact as the rest, and faster where bf16 is emulated.
+    The rows of an update, one for each neuron, are brought to one size by what theirs were in the
+    updates before (NorMuon, Li et al. 2025). The whole has the root mean square of an update of
+    AdamW (Liu et al. 2025), so that one learning rate serves both.
 
     Args:
         dtype: the format of the matrix products; the momentum has that of the weights.
     """
 
     MOMENTUM = 0.95
+    # How much of the mean square of a row is remembered from update to update.
+    MEMORY = 0.95
     # The size of AdamW's updates, as a root mean square, when gradients are mostly noise.
     SIZE = 0.2
 
@@ -172,13 +174,18 @@ class Muon(Optimizer):
     def step(self) -> None:
         for group in self.param_groups:
             for matrix, update in self.updates(group["params"]):
-                size = self.SIZE * math.sqrt(max(matrix.shape))
-
                 matrix.mul_(1 - group["lr"] * group["weight_decay"])
-                matrix.add_(update, alpha=-group["lr"] * size)
+                matrix.add_(update, alpha=-group["lr"])
+
+    @staticmethod
+    def state_shapes(matrix: Tensor) -> dict[str, tuple[int, int]]:
+        """Return what is kept of a matrix."""
+        num_rows, num_columns = matrix.shape
+
+        return {"momentum_buffer": (num_rows, num_columns), "mean_squares": (num_rows, 1)}
 
     def updates(self, matrices: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield matrices with their updates, of singular values near one."""
+        """Yield matrices with their updates, of root mean square SIZE."""
         for matrix in matrices:
             if matrix.grad is not None:
                 yield matrix, self.update(matrix, matrix.grad)
@@ -187,11 +194,19 @@ class Muon(Optimizer):
         state = self.state[matrix]
 
         if not state:
-            state["momentum_buffer"] = torch.zeros_like(gradient)
+            for name, shape in self.state_shapes(matrix).items():
+                state[name] = gradient.new_zeros(shape)
 
         momentum = state["momentum_buffer"].lerp_(gradient, 1 - self.MOMENTUM)
+        update = orthogonalize(gradient.lerp(momentum, self.MOMENTUM).to(self.dtype))
 
-        return orthogonalize(gradient.lerp(momentum, self.MOMENTUM).to(self.dtype))
+        squares = update.float().square().mean(dim=1, keepdim=True)
+        mean_squares = state["mean_squares"].lerp_(squares, 1 - self.MEMORY)
+        # A row of zeros, whose neuron has no gradient, stays one.
+        scale = mean_squares.clamp(min=1e-30).rsqrt()
+        scale *= self.SIZE / (squares * scale.square()).mean().clamp(min=1e-30).sqrt()
+
+        return update * scale.to(update.dtype)
 
 
 def orthogonalize(z: Tensor) -> Tensor:

@@ -136,7 +136,7 @@ class ShardedMuon(Muon):
     """Muon for matrices that are spread over processes by their rows.
 
     To make an update orthogonal takes the whole of it. So every matrix has an owner, which keeps
-    its momentum. In each round all processes bring the gradient of one of their own together and
+    its state. In each round all processes bring the gradient of one of their own together and
     hand its update out.
 
     Args:
@@ -172,13 +172,13 @@ class ShardedMuon(Muon):
 
             for owner, matrix in enumerate(some):
                 is_own = owner == self.world.rank
-                update = own if is_own else self.empty_like(matrix, self.dtype)
+                update = own if is_own else self.empty(matrix.shape, self.dtype)
                 dist.broadcast(update, owner)
 
                 yield matrix, spread_like(update, matrix)
 
-    def empty_like(self, matrix: Tensor, dtype: torch.dtype) -> Tensor:
-        return torch.empty(matrix.shape, dtype=dtype, device=self.world.device)
+    def empty(self, shape: Iterable[int], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.world.device)
 
     def state_dict(self) -> dict:
         """Return the state of all matrices, complete on the first process."""
@@ -188,14 +188,20 @@ class ShardedMuon(Muon):
         for some in self.rounds(self.matrices) if self.is_begun else ():
             for owner, matrix in enumerate(some):
                 if owner == self.world.rank:
-                    momentum = self.state[matrix]["momentum_buffer"]
+                    values = self.state[matrix]
                 else:
-                    momentum = self.empty_like(matrix, matrix.dtype)
+                    values = {
+                        name: self.empty(shape, matrix.dtype)
+                        for name, shape in self.state_shapes(matrix).items()
+                    }
 
-                dist.broadcast(momentum, owner)
+                for value in values.values():
+                    dist.broadcast(value, owner)
 
                 if self.world.is_first:
-                    state["state"][numbers[id(matrix)]] = {"momentum_buffer": momentum.cpu()}
+                    state["state"][numbers[id(matrix)]] = {
+                        name: value.cpu() for name, value in values.items()
+                    }
 
         return {**state, "state": dict(sorted(state["state"].items()))}
 

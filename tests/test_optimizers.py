@@ -8,7 +8,7 @@ import torch
 
 from distributed import World
 from model import GPT
-from optimizers import Muon, Optimizers, Schedule
+from optimizers import Muon, Optimizers, Schedule, orthogonalize
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
@@ -83,35 +83,61 @@ def test_frozen_weights_have_no_optimizer():
     assert all(p.requires_grad for group in groups for p in group["params"])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(8, 24), (24, 8), (16, 16)])
-@pytest.mark.parametrize("num_steps", [1, 5])
-def test_muon_is_that_of_pytorch(shape, num_steps):
+def test_muon_is_that_of_pytorch_with_rows_of_one_size(shape, dtype):
     torch.manual_seed(0)
-    left, right = (torch.nn.Parameter(torch.randn(shape)) for _ in range(2))
-    right.data.copy_(left)
-    ours = Muon([{"params": [left], "lr": 0.1, "weight_decay": 0.3}], torch.bfloat16)
-    theirs = torch.optim.Muon([right], 0.1, 0.3, adjust_lr_fn="match_rms_adamw")
+    weight, theirs = (torch.nn.Parameter(torch.zeros(shape)) for _ in range(2))
+    muon = Muon([{"params": [weight], "lr": 0.1, "weight_decay": 0.3}], dtype)
+    pytorch = torch.optim.Muon([theirs], 1.0, 0.0, adjust_lr_fn="match_rms_adamw")
+    expected = torch.zeros(shape)
+    mean_squares = torch.zeros(shape[0])
 
-    for _ in range(num_steps):
-        left.grad = torch.randn(shape)
-        right.grad = left.grad.clone()
-        ours.step()
-        theirs.step()
+    for _ in range(5):
+        # Neurons whose gradients are of very different size, as those of an embedding's are.
+        weight.grad = torch.randn(shape) * torch.logspace(-2, 2, shape[0])[:, None]
+        theirs.grad = weight.grad.clone()
+        muon.step()
+        pytorch.step()
 
-    assert torch.equal(left, right)
-    assert torch.equal(ours.state[left]["momentum_buffer"], theirs.state[right]["momentum_buffer"])
+        update = -theirs.detach().clone()
+        theirs.data.zero_()
+
+        for row in range(shape[0]):
+            mean_squares[row] = 0.95 * mean_squares[row] + 0.05 * update[row].square().mean()
+            update[row] /= mean_squares[row].sqrt()
+
+        update *= 0.2 / update.square().mean().sqrt()
+        expected = expected * (1 - 0.1 * 0.3) - 0.1 * update
+
+    # PyTorch's is in bf16 always.
+    torch.testing.assert_close(weight.detach(), expected, atol=4e-3, rtol=0)
+    momentum = muon.state[weight]["momentum_buffer"]
+    assert torch.equal(momentum, pytorch.state[theirs]["momentum_buffer"])
+
+
+def test_a_neuron_without_gradient_stays_where_it_is():
+    weight = torch.nn.Parameter(torch.randn(8, 24))
+    before = weight.detach().clone()
+    muon = Muon([{"params": [weight], "lr": 0.1, "weight_decay": 0.0}], torch.float32)
+
+    for is_zero in ([True] * 8, [True] + [False] * 7):
+        weight.grad = torch.randn(8, 24)
+        weight.grad[torch.tensor(is_zero)] = 0.0
+        muon.step()
+
+    assert torch.equal(weight[0], before[0])
+    assert torch.isfinite(weight).all()
+    assert not torch.isclose(weight[1:], before[1:]).all()
 
 
 @pytest.mark.parametrize("shape", [(8, 24), (24, 8), (16, 16)])
 def test_updates_in_float32_are_nearly_orthogonal(shape):
     torch.manual_seed(0)
-    weight = torch.nn.Parameter(torch.zeros(shape))
-    muon = Muon([{"params": [weight], "lr": 1.0}], torch.float32)
-    weight.grad = torch.randn(shape)
-    muon.step()
-    left, values, right = torch.linalg.svd(weight.grad, full_matrices=False)
+    matrix = torch.randn(shape)
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     # The polynomial is one of the matrix: in its singular vectors, each value for itself.
-    found = left.T @ weight.detach() @ right.T / -(0.2 * math.sqrt(max(shape)))
+    found = left.T @ orthogonalize(matrix) @ right.T
     values = values / values.norm()
 
     for _ in range(5):
