@@ -217,7 +217,7 @@ def check_arguments(args: Namespace) -> RowSource:
         raise ValueError(f"--dataset: {error}") from None
 
 
-def run(args: Namespace, source: RowSource, world: World) -> int:
+def run(args: Namespace, source: RowSource, world: World, is_owner: Callable[[], bool]) -> int:
     checkpoint = begin(args, world, ("lora_args", "lora", "base", "base_test_loss"))
     base_path = Path(args.base_model_path)
     base = load_checkpoint(base_path, ("model_args", "model", "encoding"))
@@ -262,7 +262,7 @@ def run(args: Namespace, source: RowSource, world: World) -> int:
     )
     describe(args, trainer, examples, batches, compiled)
 
-    session = build_session(args, trainer, examples, batches, base_state)
+    session = build_session(args, trainer, examples, batches, base_state, is_owner)
 
     if "base_test_loss" not in base_state:
         with session.stoppable() as stop:
@@ -325,6 +325,7 @@ def build_session(
     examples: Examples,
     batches: InstructionBatches,
     base_state: dict,
+    is_owner: Callable[[], bool],
 ) -> Session:
     model = trainer.model
 
@@ -349,6 +350,7 @@ def build_session(
         {args.dataset: test},
         lambda losses: losses[args.dataset],
         content,
+        is_owner,
     )
 
 

@@ -21,11 +21,15 @@ POLL = 0.2
 
 
 @contextlib.contextmanager
-def exclusive(path: Path, waiting: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
+def exclusive(
+    path: Path, waiting: Callable[[str], None], living: Callable[[str], None] = lambda holder: None
+) -> Iterator[Callable[[], bool]]:
     """Hold the lock at path; wait while another process does, unless that one is dead.
 
     Args:
         waiting: is called once, with the name of the holder, before waiting.
+        living: is called with that name once the holder surely is alive; what it raises ends the
+            waiting.
 
     Yields:
         A function that tells whether the lock is held still: who is silent for long may lose it.
@@ -39,7 +43,7 @@ def exclusive(path: Path, waiting: Callable[[str], None]) -> Iterator[Callable[[
         "started": start_of(os.getpid()),
         "token": uuid.uuid4().hex,
     }
-    acquire(path, token, waiting)
+    acquire(path, token, waiting, living)
     stop = threading.Event()
     thread = threading.Thread(target=show_life, args=(path, stop), daemon=True)
     thread.start()
@@ -54,20 +58,29 @@ def exclusive(path: Path, waiting: Callable[[str], None]) -> Iterator[Callable[[
             path.unlink(missing_ok=True)
 
 
-def acquire(path: Path, token: dict, waiting: Callable[[str], None]) -> None:
+def acquire(
+    path: Path, token: dict, waiting: Callable[[str], None], living: Callable[[str], None]
+) -> None:
     watched, since, is_told = None, 0.0, False
 
     while not create(path, token):
         holder, beat = read(path), last_beat(path)
+        lives = is_alive(holder)
 
         if (holder, beat) != watched:
+            lives = lives or (watched is not None and holder is not None and holder == watched[0])
             watched, since = (holder, beat), time.monotonic()
 
         is_silent = time.monotonic() - since > PATIENCE
 
         if is_dead(holder) or (is_silent and not is_alive(holder)):
             take_away(path, holder)
-        elif not is_told:
+            continue
+
+        if lives:
+            living(describe(holder))
+
+        if not is_told:
             waiting(describe(holder))
             is_told = True
         else:

@@ -359,7 +359,12 @@ def check_arguments(args: Namespace) -> list[tuple[Source, float | None]]:
     return sources
 
 
-def run(args: Namespace, sources: list[tuple[Source, float | None]], world: World) -> int:
+def run(
+    args: Namespace,
+    sources: list[tuple[Source, float | None]],
+    world: World,
+    is_owner: Callable[[], bool],
+) -> int:
     checkpoint = begin(args, world, ("model_args", "model"), args.dry_run)
 
     if checkpoint:
@@ -384,7 +389,7 @@ def run(args: Namespace, sources: list[tuple[Source, float | None]], world: Worl
     if args.dry_run:
         return estimate(args, trainer, data)
 
-    status = build_session(args, trainer, data).run()
+    status = build_session(args, trainer, data, is_owner).run()
 
     if status == 0:
         conclude(args, trainer)
@@ -392,7 +397,9 @@ def run(args: Namespace, sources: list[tuple[Source, float | None]], world: Worl
     return status
 
 
-def build_session(args: Namespace, trainer: Trainer, data: Data) -> Session:
+def build_session(
+    args: Namespace, trainer: Trainer, data: Data, is_owner: Callable[[], bool]
+) -> Session:
     def content() -> dict:
         return {
             "model_args": model_args(args),
@@ -413,6 +420,7 @@ def build_session(args: Namespace, trainer: Trainer, data: Data) -> Session:
         },
         data.mean_loss,
         content,
+        is_owner,
     )
 
 

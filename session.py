@@ -30,6 +30,7 @@ from checkpoint import (
     temporary_path,
 )
 from distributed import LostProcessError, NoAnswerError, ProcessError, World, whole
+from locks import exclusive
 from tokenizer import ENCODING, DataError
 from training import (
     PRECISIONS,
@@ -79,6 +80,7 @@ class Session:
         tests: by the name of their source.
         mean_loss: the mean of the losses of all tests.
         content: what its checkpoints hold, beside the state of the trainer.
+        is_owner: tells whether its files are still its own.
     """
 
     args: Namespace
@@ -89,6 +91,7 @@ class Session:
     tests: dict[str, Test]
     mean_loss: Callable[[dict[str, float]], float]
     content: Callable[[], dict]
+    is_owner: Callable[[], bool]
 
     @property
     def path(self) -> Path:
@@ -185,6 +188,12 @@ class Session:
             **self.trainer.state_dict(),
         }
 
+        if not self.is_owner():
+            raise CheckpointError(
+                f"{self.path} belongs to another run by now: this one was silent for too long, as"
+                " on a machine that sleeps, and was taken for dead."
+            )
+
         if self.world.is_first:
             save_checkpoint(self.path, state, is_best)
 
@@ -203,7 +212,8 @@ def run_script(
 
     Args:
         check: looks at the arguments together, and raises ValueError where they do not fit.
-        run: takes the arguments, what check returned, and the processes; returns the exit status.
+        run: takes the arguments, what check returned, the processes, and what tells whether the
+            files of the run are still its own; returns the exit status.
     """
     args, given = parser.parse(argv, presets)
     world = World()
@@ -234,7 +244,8 @@ def run_script(
         try:
             world.connect()
             world.check_same("The flags", shared_flags(args))
-            status = run(args, checked, world)
+            is_owner = stack.enter_context(claim(args, world))
+            status = run(args, checked, world, is_owner)
             world.disconnect()
         except (Exception, KeyboardInterrupt) as error:
             status, message = explain(error, args, world)
@@ -244,6 +255,7 @@ def run_script(
 
             # Nothing is waited for that others would have to answer.
             if world.size > 1:
+                stack.close()
                 os._exit(status)
 
     return status
@@ -281,6 +293,38 @@ def explain(error: BaseException, args: Namespace, world: World) -> tuple[int, s
     return status, message
 
 
+@contextlib.contextmanager
+def claim(args: Namespace, world: World) -> Iterator[Callable[[], bool]]:
+    """Prove that the files of a run can be written, and keep other runs off them.
+
+    Yields:
+        A function that tells whether they still are this run's own.
+
+    Raises:
+        CheckpointError: when they cannot be written, or another run does.
+    """
+    # A dry run writes nothing.
+    is_writer = world.is_first and not vars(args).get("dry_run")
+
+    def wait(holder: str) -> None:
+        print(f"Wait:   {path} is held by {holder}; it is dead if it is silent for a minute")
+
+    def refuse(holder: str) -> None:
+        raise CheckpointError(
+            f"{holder[0].upper()}{holder[1:]} is writing {path}; end it, or choose another {flag}."
+        )
+
+    with contextlib.ExitStack() as stack:
+        owners = []
+
+        for flag in ("--checkpoint_path", "--metrics_path") if is_writer else ():
+            path = Path(getattr(args, flag[2:]))
+            check_writable(path)
+            owners.append(stack.enter_context(exclusive(lock_path(path), wait, refuse)))
+
+        yield lambda: all(is_owner() for is_owner in owners)
+
+
 def check_accumulation(args: Namespace, world: World) -> None:
     """Raise ValueError when an update has no batch for every process."""
     if args.gradient_accumulation_steps < world.size:
@@ -312,11 +356,15 @@ def written_by(checkpoint_path: str) -> list[Path]:
     path = Path(checkpoint_path).resolve()
     files = [path, previous_path(path), best_path(path)]
 
-    return [*files, *map(temporary_path, files)]
+    return [*files, *map(temporary_path, files), lock_path(path)]
+
+
+def lock_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.lock")
 
 
 def begin(args: Namespace, world: World, keys: tuple[str, ...], is_dry: bool = False) -> dict:
-    """Prove that files can be written, read the checkpoint to go on from, and settle open choices.
+    """Read the checkpoint to go on from, and settle open choices.
 
     Args:
         keys: what the checkpoint has to hold beside SHARED_KEYS.
@@ -326,10 +374,6 @@ def begin(args: Namespace, world: World, keys: tuple[str, ...], is_dry: bool = F
         The checkpoint; empty for a run that begins.
     """
     path = Path(args.checkpoint_path)
-
-    if world.is_first and not is_dry:
-        check_writable(path)
-        check_writable(Path(args.metrics_path))
 
     if not (is_dry or args.resume) and world.is_started_again():
         args.resume = bool(world.from_first(path.exists()))

@@ -135,6 +135,34 @@ def test_a_holder_on_another_machine_is_believed_while_it_shows_life(tmp_path, m
     assert told == [f"process {holder['process']} on another machine"]
 
 
+@pytest.mark.parametrize("host", ["", "another machine"])
+def test_who_will_not_wait_is_told_when_the_holder_lives(tmp_path, monkeypatch, host):
+    """A holder of this machine is known to live, another one from its first sign of life on."""
+    path = tmp_path / "lock"
+    holder = write_lock(path, **({"host": host} if host else {}))
+    polls = []
+
+    def poll(_) -> None:
+        polls.append(None)
+
+        if len(polls) == 5:
+            os.utime(path, ns=(1, 1))
+
+    monkeypatch.setattr(locks.time, "sleep", poll)
+
+    def refuse(name: str) -> None:
+        raise KeyError(name)
+
+    with (
+        pytest.raises(KeyError, match=f"process {holder['process']} on"),
+        exclusive(path, lambda _: None, refuse),
+    ):
+        pass
+
+    assert len(polls) == (5 if host else 0)
+    assert json.loads(path.read_text()) == holder
+
+
 def test_a_holder_on_this_machine_that_is_stopped_is_waited_for(tmp_path, monkeypatch):
     """It is silent, but not dead: it will go on as the holder that it is."""
     monkeypatch.setattr(locks, "PATIENCE", 0)

@@ -428,6 +428,86 @@ def test_new_run_keeps_the_checkpoint_of_an_earlier_one(pre_train, small, tmp_pa
     assert len(list(tmp_path.glob("metrics.2*.csv"))) == 1
 
 
+@pytest.mark.parametrize(
+    ("flag", "other"), [("--checkpoint_path", "metrics.csv"), ("--metrics_path", "checkpoint.pt")]
+)
+def test_a_second_run_on_the_same_files_is_refused(
+    pre_train, small, folders, monkeypatch, error_of, flag, other
+):
+    """It is started while the first one is evaluating, which ends as if it were alone."""
+    left, right = folders
+    argv = small(out=left)
+    name = "checkpoint.pt" if flag == "--checkpoint_path" else "metrics.csv"
+    answers = []
+
+    def evaluate(self, *args):
+        if not answers:
+            answers.append(None)
+            answers[0] = error_of([*small(out=right), f"{flag}={left / name}"])
+
+        return real(self, *args)
+
+    assert pre_train.main(small(out=left)) == 0
+    (left / "checkpoint.pt").rename(left / "alone.pt")
+    real = training.Trainer.evaluate
+    monkeypatch.setattr(training.Trainer, "evaluate", evaluate)
+
+    assert pre_train.main(argv) == 0
+
+    ((status, line),) = answers
+    assert status == 1
+    assert f"Process {os.getpid()} on " in line
+    assert f"is writing {left / name};" in line
+    assert flag in line
+    assert not (right / other).exists()
+    assert_same_run(left / "alone.pt", left / "checkpoint.pt")
+    assert not [*left.glob("*.lock"), *right.glob("*.lock")]
+
+
+def test_the_files_of_a_run_that_was_killed_are_free(pre_train, small, tmp_path):
+    process = launch(small(), KILL_AT.format(2))
+    status, *_ = finish(process)
+
+    assert status == -signal.SIGKILL
+    assert json.loads((tmp_path / "checkpoint.pt.lock").read_text())["process"] == process.pid
+    assert pre_train.main(small()) == 0
+    assert not list(tmp_path.glob("*.lock"))
+
+
+def test_a_run_that_was_taken_for_dead_leaves_the_files_alone(
+    small, tmp_path, monkeypatch, error_of
+):
+    """As after an hour of sleep, in which another machine has taken them over."""
+    lock = tmp_path / "checkpoint.pt.lock"
+    theirs = json.dumps({"host": "another machine", "process": 1, "token": "theirs"})
+
+    def evaluate(self, *args):
+        lock.write_text(theirs)
+
+        return real(self, *args)
+
+    real = training.Trainer.evaluate
+    monkeypatch.setattr(training.Trainer, "evaluate", evaluate)
+    status, line = error_of(small("--checkpoint_interval=2"))
+
+    assert status == 1
+    assert "belongs to another run by now" in line
+    assert not (tmp_path / "checkpoint.pt").exists()
+    assert lock.read_text() == theirs
+
+
+def test_a_dry_run_needs_no_files_of_its_own(pre_train, small, tmp_path, monkeypatch):
+    def evaluate(self, *args):
+        assert pre_train.main(small("--dry_run")) == 0
+
+        return real(self, *args)
+
+    real = training.Trainer.evaluate
+    monkeypatch.setattr(training.Trainer, "evaluate", evaluate)
+
+    assert pre_train.main(small()) == 0
+
+
 def test_signal_during_a_dry_run(small, tmp_path):
     patch = SIGNAL_AT.format(0, [int(signal.SIGINT)])
     status, _, errors = finish(launch(small("--dry_run"), patch))
