@@ -4,6 +4,7 @@ A file is written under a temporary name in its folder, forced to the disk and r
 bytes are a checksum. The last file, the one before and the best by test loss stay side by side.
 """
 
+import contextlib
 import errno
 import hashlib
 import io
@@ -12,7 +13,9 @@ import os
 import shutil
 import struct
 import time
-from collections.abc import Iterable
+import zlib
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -25,12 +28,97 @@ from tokenizer import ENCODING
 FORMAT_VERSION = 1
 
 ZIP_MAGIC = b"PK\x03\x04"
-CHECKSUM_PREFIX = b"sha256:"
-CHECKSUM_SIZE = len(CHECKSUM_PREFIX) + 64
+# The last two bytes of a zip archive without a comment say that the comment has no bytes.
+NO_COMMENT = struct.pack("<H", 0)
 
 
 class CheckpointError(Exception):
     """A checkpoint that is missing, damaged or of no use here; the message is one line."""
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a run behind its next steps, one after the other.
+
+    Args:
+        is_owner: tells whether the file is this run's own still.
+    """
+
+    def __init__(self, path: Path, is_owner: Callable[[], bool]):
+        self.path = path
+        self.is_owner = is_owner
+        self.executor = ThreadPoolExecutor(max_workers=1)
+        self.pending: Future | None = None
+
+    def save(self, state: dict, is_best: bool = False) -> None:
+        """Copy a state, and leave it to be written; where memory is short, write it at once.
+
+        Raises:
+            CheckpointError: when this one or the one before cannot be written.
+        """
+        self.wait()
+
+        if not self.is_owner():
+            raise CheckpointError(
+                f"{self.path} belongs to another run by now: this one was silent for too long, as"
+                " on a machine that sleeps, and was taken for dead."
+            )
+
+        if 2 * num_bytes(state) < available_memory():
+            copy = copy_to_cpu(state)
+            self.pending = self.executor.submit(save_checkpoint, self.path, copy, is_best)
+        else:
+            save_checkpoint(self.path, state, is_best)
+
+    def wait(self) -> None:
+        """Return when everything is written.
+
+        Raises:
+            CheckpointError: when it cannot be.
+        """
+        pending, self.pending = self.pending, None
+
+        if pending:
+            pending.result()
+
+
+def num_bytes(value) -> int:
+    """Return the size of all tensors in containers of them."""
+    if isinstance(value, Tensor):
+        return value.nbytes
+
+    parts = value.values() if isinstance(value, dict) else value
+
+    return sum(map(num_bytes, parts)) if isinstance(value, dict | list | tuple) else 0
+
+
+def copy_to_cpu(value):
+    """Return a copy of containers of tensors that later steps do not change."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+
+    if isinstance(value, dict):
+        return {key: copy_to_cpu(item) for key, item in value.items()}
+
+    if isinstance(value, list | tuple):
+        return type(value)(map(copy_to_cpu, value))
+
+    return value
+
+
+def available_memory() -> float:
+    """Return the bytes that this process can still have, as far as Linux tells; else no limit."""
+    limits = [math.inf]
+
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        limits.append(1024 * next(int(line.split()[1]) for line in lines if "MemAvail" in line))
+
+    # Of a container.
+    with contextlib.suppress(OSError, ValueError):
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+        limits.append(int(limit.read_text()) - int(used.read_text()))
+
+    return min(limits)
 
 
 def previous_path(path: Path) -> Path:
@@ -70,7 +158,8 @@ def check_writable(path: Path) -> None:
 def save_checkpoint(path: Path, state: dict, is_best: bool = False) -> None:
     """Write a checkpoint that is whole or absent, and keep the previous one beside it.
 
-    The file is a zip archive as torch.save writes it; its comment is the sha256 of all before it.
+    The file is a zip archive as torch.save writes it; its comment is the CRC-32 of what it was
+    without one.
 
     Raises:
         CheckpointError: when it cannot be written; the files that were there are untouched.
@@ -78,9 +167,10 @@ def save_checkpoint(path: Path, state: dict, is_best: bool = False) -> None:
     temporary = temporary_path(path)
 
     try:
-        with open(temporary, "w+b") as file:
-            write_archive(file, state)
-            append_checksum(file)
+        with open(temporary, "wb") as file:
+            write_archive(summed := SummedFile(file), state)
+            file.seek(-len(NO_COMMENT), os.SEEK_END)
+            file.write(comment_of(summed.checksum))
             file.flush()
             os.fsync(file.fileno())
 
@@ -102,7 +192,30 @@ def save_checkpoint(path: Path, state: dict, is_best: bool = False) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def write_archive(file: io.BufferedRandom, state: dict) -> None:
+class SummedFile:
+    """A file that is written from its beginning to its end, and the CRC-32 of that."""
+
+    def __init__(self, file: io.BufferedIOBase):
+        self.file = file
+        self.checksum = 0
+
+    def write(self, data: bytes | memoryview) -> int:
+        self.checksum = zlib.crc32(data, self.checksum)
+
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def comment_of(checksum: int) -> bytes:
+    """Return the comment of a zip archive that holds its checksum, behind its length."""
+    comment = f"crc32:{checksum:08x}".encode()
+
+    return struct.pack("<H", len(comment)) + comment
+
+
+def write_archive(file: SummedFile, state: dict) -> None:
     """Write a state as torch.save does, and raise OSError where that hides one."""
     try:
         torch.save(state, file)
@@ -112,28 +225,6 @@ def write_archive(file: io.BufferedRandom, state: dict) -> None:
             raise error.__context__ from None
 
         raise
-
-
-def append_checksum(file: io.BufferedRandom) -> None:
-    """Give a zip archive without a comment the sha256 of itself as its comment."""
-    # The last two bytes of an archive are the length of its comment.
-    file.seek(-2, os.SEEK_END)
-    file.write(struct.pack("<H", CHECKSUM_SIZE))
-    file.seek(0)
-    digest = hash_bytes(file)
-    file.write(CHECKSUM_PREFIX + digest.encode())
-
-
-def hash_bytes(file: io.BufferedIOBase, size: int | None = None) -> str:
-    """Return the sha256 of the next size bytes of a file, or of all that are left."""
-    digest = hashlib.sha256()
-    remaining = math.inf if size is None else size
-
-    while remaining and (chunk := file.read(int(min(1 << 24, remaining)))):
-        digest.update(chunk)
-        remaining -= len(chunk)
-
-    return digest.hexdigest()
 
 
 def duplicate(source: Path, target: Path) -> None:
@@ -255,11 +346,15 @@ def verify_checksum(path: Path) -> None:
         if magic and magic != ZIP_MAGIC[: len(magic)]:
             raise CheckpointError(f"{path} is not a checkpoint.{hint}")
 
-        content_size = max(0, size - CHECKSUM_SIZE)
+        remaining = max(0, size - len(comment_of(0)))
+        checksum = 0
         file.seek(0)
-        digest = hash_bytes(file, content_size)
 
-        if file.read() != CHECKSUM_PREFIX + digest.encode():
+        while chunk := file.read(min(1 << 24, remaining)):
+            checksum = zlib.crc32(chunk, checksum)
+            remaining -= len(chunk)
+
+        if file.read() != comment_of(zlib.crc32(NO_COMMENT, checksum)):
             raise CheckpointError(f"{path} is damaged, or not of this project.{hint}")
 
 

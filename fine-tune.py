@@ -25,7 +25,7 @@ from arguments import (
     positive_float,
     positive_int,
 )
-from checkpoint import build_model, check_base, fingerprint, load_checkpoint
+from checkpoint import CheckpointWriter, build_model, check_base, fingerprint, load_checkpoint
 from data import InstructionBatches, ordered_batches
 from distributed import World
 from lora import add_lora, check_rank, lora_state_dict
@@ -217,7 +217,7 @@ def check_arguments(args: Namespace) -> RowSource:
         raise ValueError(f"--dataset: {error}") from None
 
 
-def run(args: Namespace, source: RowSource, world: World, is_owner: Callable[[], bool]) -> int:
+def run(args: Namespace, source: RowSource, world: World, writer: CheckpointWriter) -> int:
     checkpoint = begin(args, world, ("lora_args", "lora", "base", "base_test_loss"))
     base_path = Path(args.base_model_path)
     base = load_checkpoint(base_path, ("model_args", "model", "encoding"))
@@ -262,7 +262,7 @@ def run(args: Namespace, source: RowSource, world: World, is_owner: Callable[[],
     )
     describe(args, trainer, examples, batches, compiled)
 
-    session = build_session(args, trainer, examples, batches, base_state, is_owner)
+    session = build_session(args, trainer, examples, batches, base_state, writer)
 
     if "base_test_loss" not in base_state:
         with session.stoppable() as stop:
@@ -325,7 +325,7 @@ def build_session(
     examples: Examples,
     batches: InstructionBatches,
     base_state: dict,
-    is_owner: Callable[[], bool],
+    writer: CheckpointWriter,
 ) -> Session:
     model = trainer.model
 
@@ -350,7 +350,7 @@ def build_session(
         {args.dataset: test},
         lambda losses: losses[args.dataset],
         content,
-        is_owner,
+        writer,
     )
 
 

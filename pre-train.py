@@ -29,6 +29,7 @@ from arguments import (
     positive_float,
     positive_int,
 )
+from checkpoint import CheckpointWriter
 from data import EvaluationWindows, SampleStream, resolve_weights
 from distributed import World
 from model import GPT, check_sizes
@@ -363,7 +364,7 @@ def run(
     args: Namespace,
     sources: list[tuple[Source, float | None]],
     world: World,
-    is_owner: Callable[[], bool],
+    writer: CheckpointWriter,
 ) -> int:
     checkpoint = begin(args, world, ("model_args", "model"), args.dry_run)
 
@@ -389,7 +390,7 @@ def run(
     if args.dry_run:
         return estimate(args, trainer, data)
 
-    status = build_session(args, trainer, data, is_owner).run()
+    status = build_session(args, trainer, data, writer).run()
 
     if status == 0:
         conclude(args, trainer)
@@ -398,7 +399,7 @@ def run(
 
 
 def build_session(
-    args: Namespace, trainer: Trainer, data: Data, is_owner: Callable[[], bool]
+    args: Namespace, trainer: Trainer, data: Data, writer: CheckpointWriter
 ) -> Session:
     def content() -> dict:
         return {
@@ -420,7 +421,7 @@ def build_session(
         },
         data.mean_loss,
         content,
-        is_owner,
+        writer,
     )
 
 

@@ -21,11 +21,11 @@ from arguments import Parser, UsageError, fail
 from checkpoint import (
     FORMAT_VERSION,
     CheckpointError,
+    CheckpointWriter,
     best_path,
     check_writable,
     load_checkpoint,
     previous_path,
-    save_checkpoint,
     set_aside,
     temporary_path,
 )
@@ -80,7 +80,7 @@ class Session:
         tests: by the name of their source.
         mean_loss: the mean of the losses of all tests.
         content: what its checkpoints hold, beside the state of the trainer.
-        is_owner: tells whether its files are still its own.
+        writer: of its checkpoints.
     """
 
     args: Namespace
@@ -91,11 +91,7 @@ class Session:
     tests: dict[str, Test]
     mean_loss: Callable[[dict[str, float]], float]
     content: Callable[[], dict]
-    is_owner: Callable[[], bool]
-
-    @property
-    def path(self) -> Path:
-        return Path(self.args.checkpoint_path)
+    writer: CheckpointWriter
 
     @property
     def world(self) -> World:
@@ -107,7 +103,7 @@ class Session:
 
         is_new = not args.resume and self.world.is_first
 
-        if is_new and (aside := set_aside(self.path, Path(args.metrics_path))):
+        if is_new and (aside := set_aside(self.writer.path, Path(args.metrics_path))):
             print(f"Kept:   an earlier run, as {aside}")
 
         self.world.note_beginning()
@@ -115,15 +111,18 @@ class Session:
         with self.stoppable() as stop:
             try:
                 self.train(stop)
+                self.finish_saving()
             except Interrupted as interruption:
                 self.save()
+                self.finish_saving()
                 print(
-                    f"Stopped after update {trainer.step}; saved as {self.path}."
+                    f"Stopped after update {trainer.step}; saved as {self.writer.path}."
                     " --resume goes on there."
                 )
                 return 128 + interruption.number
             except TrainingError:
                 self.save()
+                self.finish_saving()
                 raise
 
         return 0
@@ -180,7 +179,7 @@ class Session:
         return {name: self.trainer.evaluate(test(), stop) for name, test in self.tests.items()}
 
     def save(self, is_best: bool = False) -> None:
-        """Put the state of all processes together; the first one writes it."""
+        """Put the state of all processes together; the first one writes it meanwhile."""
         state = {
             "format_version": FORMAT_VERSION,
             "encoding": ENCODING,
@@ -188,16 +187,16 @@ class Session:
             **self.trainer.state_dict(),
         }
 
-        if not self.is_owner():
-            raise CheckpointError(
-                f"{self.path} belongs to another run by now: this one was silent for too long, as"
-                " on a machine that sleeps, and was taken for dead."
-            )
-
         if self.world.is_first:
-            save_checkpoint(self.path, state, is_best)
+            self.writer.save(state, is_best)
 
-        # However long that takes, nobody counts as lost meanwhile.
+        # However long the one before takes, nobody counts as lost meanwhile.
+        self.world.wait_for_all()
+
+    def finish_saving(self) -> None:
+        if self.world.is_first:
+            self.writer.wait()
+
         self.world.wait_for_all()
 
 
@@ -212,8 +211,8 @@ def run_script(
 
     Args:
         check: looks at the arguments together, and raises ValueError where they do not fit.
-        run: takes the arguments, what check returned, the processes, and what tells whether the
-            files of the run are still its own; returns the exit status.
+        run: takes the arguments, what check returned, the processes, and the writer of
+            checkpoints; returns the exit status.
     """
     args, given = parser.parse(argv, presets)
     world = World()
@@ -244,8 +243,8 @@ def run_script(
         try:
             world.connect()
             world.check_same("The flags", shared_flags(args))
-            is_owner = stack.enter_context(claim(args, world))
-            status = run(args, checked, world, is_owner)
+            writer = stack.enter_context(claim(args, world))
+            status = run(args, checked, world, writer)
             world.disconnect()
         except (Exception, KeyboardInterrupt) as error:
             status, message = explain(error, args, world)
@@ -294,11 +293,11 @@ def explain(error: BaseException, args: Namespace, world: World) -> tuple[int, s
 
 
 @contextlib.contextmanager
-def claim(args: Namespace, world: World) -> Iterator[Callable[[], bool]]:
+def claim(args: Namespace, world: World) -> Iterator[CheckpointWriter]:
     """Prove that the files of a run can be written, and keep other runs off them.
 
     Yields:
-        A function that tells whether they still are this run's own.
+        What writes its checkpoints.
 
     Raises:
         CheckpointError: when they cannot be written, or another run does.
@@ -322,7 +321,16 @@ def claim(args: Namespace, world: World) -> Iterator[Callable[[], bool]]:
             check_writable(path)
             owners.append(stack.enter_context(exclusive(lock_path(path), wait, refuse)))
 
-        yield lambda: all(is_owner() for is_owner in owners)
+        writer = CheckpointWriter(
+            Path(args.checkpoint_path), lambda: all(is_owner() for is_owner in owners)
+        )
+
+        try:
+            yield writer
+        finally:
+            # Of a run that fails; others have asked.
+            with contextlib.suppress(CheckpointError):
+                writer.wait()
 
 
 def check_accumulation(args: Namespace, world: World) -> None:

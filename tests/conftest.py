@@ -112,6 +112,9 @@ def error_of(pre_train, capsys):
     return run
 
 
+# What a process that is about to be killed has saved is written then.
+SAVE_AT_ONCE = "\ncheckpoint.available_memory = lambda: 0\n"
+
 PROLOGUE = f"""
 import importlib, os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})

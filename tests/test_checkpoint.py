@@ -5,6 +5,7 @@ import os
 import pickle
 import random
 import struct
+import threading
 import zipfile
 from pathlib import Path
 
@@ -12,8 +13,10 @@ import pytest
 import torch
 from conftest import finish, launch
 
+import checkpoint
 from checkpoint import (
     CheckpointError,
+    CheckpointWriter,
     best_path,
     check_writable,
     load_checkpoint,
@@ -268,3 +271,116 @@ def test_earlier_run_is_set_aside(path):
     assert not path.exists()
     assert load(aside)["position"] == 1
     assert set_aside(path) is None
+
+
+# --- Behind the next steps ---
+
+
+@pytest.fixture
+def writer(path):
+    writer = CheckpointWriter(path, lambda: True)
+    yield writer
+    writer.executor.shutdown()
+
+
+def held_back(monkeypatch, place: str):
+    """Let a function wait until it is told; return what tells it."""
+    release = threading.Event()
+    real = getattr(checkpoint, place)
+
+    def wait(*args):
+        assert release.wait(60)
+
+        return real(*args)
+
+    monkeypatch.setattr(checkpoint, place, wait)
+
+    return release
+
+
+def test_what_is_written_is_what_was_saved(writer, path, monkeypatch):
+    """However much of it the next steps have changed meanwhile."""
+    release = held_back(monkeypatch, "save_checkpoint")
+    state = {**state_of(2), "optimizer": [{"state": {0: torch.zeros(3)}}]}
+    writer.save(state)
+    state["model"]["weight"].zero_()
+    state["optimizer"][0]["state"][0] += 1
+    state["metrics"].append({})
+
+    assert load(path)["position"] == 1
+
+    release.set()
+    writer.wait()
+    saved = load(path)
+
+    assert torch.equal(saved["model"]["weight"], state_of(2)["model"]["weight"])
+    assert torch.equal(saved["optimizer"][0]["state"][0], torch.zeros(3))
+    assert saved["metrics"] == state_of(2)["metrics"]
+
+
+def test_checkpoints_are_written_one_after_the_other(writer, path):
+    for number in range(2, 12):
+        writer.save(state_of(number), is_best=number == 7)
+
+    writer.wait()
+
+    places = (path, previous_path(path), best_path(path))
+    assert [load(place)["position"] for place in places] == [11, 10, 7]
+
+
+@pytest.mark.parametrize("last", ["save", "wait"])
+def test_a_save_that_failed_is_told_at_the_next_move(writer, monkeypatch, last):
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as context:
+        context.setattr(os, "fsync", refuse)
+        writer.save(state_of(2))
+        writer.executor.submit(lambda: None).result()
+
+    with pytest.raises(CheckpointError, match="could not be saved: No space left"):
+        writer.wait() if last == "wait" else writer.save(state_of(3))
+
+    writer.wait()
+    assert load(writer.path)["position"] == 1
+
+
+def test_where_memory_is_short_nothing_is_copied(writer, path, monkeypatch):
+    state = state_of(2)
+    monkeypatch.setattr(checkpoint, "copy_to_cpu", None)
+    monkeypatch.setattr(checkpoint, "available_memory", lambda: 2 * 64 * 64 * 4)
+    writer.save(state)
+
+    assert load(path)["position"] == 2
+
+
+def test_available_memory_is_that_of_the_system():
+    pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+    assert (
+        0.5 * pages
+        < checkpoint.available_memory()
+        <= os.sysconf("SC_PHYS_PAGES") * (os.sysconf("SC_PAGE_SIZE"))
+    )
+
+
+def test_killed_while_writing_behind(path):
+    """The process that dies has gone on already."""
+    patch = f"""
+import threading
+from pathlib import Path
+begun = threading.Event()
+def wait(*_):
+    begun.set()
+    threading.Event().wait()
+os.fsync = wait
+writer = checkpoint.CheckpointWriter(Path({str(path)!r}), lambda: True)
+writer.save({{"format_version": 1, "model": {{}}, "position": 2}})
+begun.wait()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    status, _, _ = finish(launch([], patch))
+
+    assert status == -9
+    assert load(path)["position"] == 1
+    assert temporary_path(path).exists()

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import assert_same_run
+from conftest import SAVE_AT_ONCE, assert_same_run
 
 from distributed import ProcessError, World
 from processes import Group, assert_close_runs, finished
@@ -186,7 +186,7 @@ def test_stopped_and_resumed_it_ends_as_if_nothing_had_happened(run, size, flags
     assert_same_run(whole.folder / "checkpoint.pt", group.folder / "checkpoint.pt")
 
 
-@pytest.mark.parametrize("place", ["training.Trainer.evaluate", "session.save_checkpoint"])
+@pytest.mark.parametrize("place", ["training.Trainer.evaluate", "checkpoint.save_checkpoint"])
 def test_signal_to_one_process_at_any_time_is_heard_by_all(run, place):
     """While they test, or while the first one saves."""
     fault = f"""
@@ -317,11 +317,11 @@ def test_network_that_is_not_there_is_named(run):
 def test_slow_save_is_no_loss(run):
     """Longer than the processes wait for each other."""
     fault = """
-save = session.save_checkpoint
+save = checkpoint.save_checkpoint
 def slow(*args):
     training.time.sleep(2)
     return save(*args)
-session.save_checkpoint = slow
+checkpoint.save_checkpoint = slow
 """
     finished(run(2, "--process_timeout=0.02", "--num_epochs=1", patch=fault))
 
@@ -404,7 +404,7 @@ def faulty(self, *args):
     return take_step(self, *args)
 training.Trainer.take_step = faulty
 distributed.PATIENCE = 0.5
-"""
+{SAVE_AT_ONCE}"""
     group = run(2, "--process_timeout=0.05", f"--sharding={sharding}", patch=fault)
     group.processes[1 - rank].join(30)
 

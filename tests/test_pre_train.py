@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_same_run, finish, launch, write_documents
+from conftest import SAVE_AT_ONCE, assert_same_run, finish, launch, write_documents
 
 import training
 from checkpoint import best_path, previous_path, save_checkpoint
 
-KILL_AT = """
+KILL_AT = f"""{SAVE_AT_ONCE}
 real = training.Trainer.take_step
 def take_step(self, step, stop):
-    if self.step == {}: os.kill(os.getpid(), signal.SIGKILL)
+    if self.step == {{}}: os.kill(os.getpid(), signal.SIGKILL)
     return real(self, step, stop)
 training.Trainer.take_step = take_step
 """

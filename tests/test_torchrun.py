@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import PROLOGUE, assert_same_run, finish
+from conftest import PROLOGUE, SAVE_AT_ONCE, assert_same_run, finish
 
 from processes import Group, finished
 
@@ -37,7 +37,7 @@ def torchrun(folder, argv, *options, patch="", num_processes=2) -> subprocess.Po
 
 def kill_once(mark, rank: int, step: int, place: str = "script.Trainer.take_step") -> str:
     """Return statements by which a process kills itself, unless there is a mark that it did."""
-    return f"""
+    return f"""{SAVE_AT_ONCE}
 def killing(*args, function={place}):
     is_here = rank == {rank} and getattr(args[0], "step", 0) == {step}
     if is_here and not os.path.exists({str(mark)!r}):
