@@ -106,6 +106,8 @@ def main(argv: list[str] | None = None) -> int:
     from tokenizer import DataError
     from training import TrainingError, is_out_of_memory, resolve_device
 
+    speaker = None
+
     try:
         device = resolve_device(args.device if "device" in given else None)
         speaker = Speaker(args, device, "lora_path" in given)
@@ -123,12 +125,27 @@ def main(argv: list[str] | None = None) -> int:
         if not is_out_of_memory(error):
             raise
 
-        return fail(f"{device} is out of memory; lower --num_samples.")
+        return fail(advise_on_memory(error, speaker, device))
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
 
     return 0
+
+
+def advise_on_memory(error: Exception, speaker: "Speaker | None", device) -> str:
+    """Say what fits where memory has run out."""
+    from training import release
+
+    release(error)
+    fitting = speaker.fitting_num_samples() if speaker else None
+
+    if fitting:
+        return f"{device} is out of memory; --num_samples={fitting} fits."
+
+    other = "" if device.type == "cpu" else " or --device=cpu"
+
+    return f"{device} is out of memory with one text already; take a smaller model{other}."
 
 
 class Speaker:
@@ -189,6 +206,23 @@ class Speaker:
             f" tokens/s, the first after {first_after:.2f} s"
         )
         self.num_answers += 1
+
+    def fitting_num_samples(self) -> int | None:
+        """Return a lower number of texts that memory holds, found by trying; None without any."""
+        import torch
+
+        from model import Sampler, generate
+        from training import first_that_fits
+
+        def attempt(number: int) -> None:
+            x = torch.zeros(number, self.model.block_size, dtype=torch.int64, device=self.device)
+
+            # The second token is one beyond the context.
+            list(generate(self.model, x, 2, Sampler(), seed=0))
+
+        numbers = [self.args.num_samples // 2**power for power in range(1, 31)]
+
+        return first_that_fits([number for number in numbers if number], attempt, self.device)
 
     @property
     def uses_template(self) -> bool:

@@ -43,6 +43,7 @@ from training import (
     describe_row,
     is_out_of_memory,
     own_device,
+    release,
     resolve_device,
     resolve_precision,
     tune_memory,
@@ -124,8 +125,32 @@ class Session:
                 self.save()
                 self.finish_saving()
                 raise
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+
+                release(error)
+                raise TrainingError(self.advise_on_memory()) from None
 
         return 0
+
+    def advise_on_memory(self) -> str:
+        """Say which flags make a run fit that has run out of memory."""
+        args, told = self.args, f"{self.world.device} is out of memory"
+        can_recompute = not vars(args).get("activation_checkpointing", True)
+        recompute = ", or add --activation_checkpointing" if can_recompute else ""
+
+        # Where weights are spread, no process can try anything alone.
+        if self.world.has_sharded_weights:
+            return f"{told}; halve --batch_size, double --gradient_accumulation_steps{recompute}."
+
+        if size := self.trainer.fitting_batch_size(args.batch_size):
+            batches = args.gradient_accumulation_steps * args.batch_size // size
+            flags = f"--batch_size={size} --gradient_accumulation_steps={batches}"
+
+            return f"{told}; {flags} fits and makes the same updates{recompute}."
+
+        return f"{told} with a single window; take a smaller model or --block_size{recompute}."
 
     @contextlib.contextmanager
     def stoppable(self) -> Iterator[StopSignal]:
@@ -279,11 +304,7 @@ def explain(error: BaseException, args: Namespace, world: World) -> tuple[int, s
     elif world.is_loss(error):
         message = world.describe_loss(lambda: False)
     elif is_out_of_memory(error):
-        other = ", or add --activation_checkpointing" if "activation_checkpointing" in args else ""
-        message = (
-            f"{world.device} is out of memory; halve --batch_size and double"
-            f" --gradient_accumulation_steps{other}."
-        )
+        message = f"{world.device} is out of memory; lower --batch_size, or take a smaller model."
     elif world.size == 1:
         raise error
     elif world.is_first_to_fail():

@@ -14,6 +14,7 @@ import resource
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -105,6 +106,32 @@ def is_out_of_memory(error: Exception) -> bool:
     types = (torch.OutOfMemoryError, MemoryError)
 
     return isinstance(error, types) or "can't allocate memory" in str(error)
+
+
+def first_that_fits(
+    numbers: Iterable[int], attempt: Callable[[int], object], device: torch.device
+) -> int | None:
+    """Return the first number that an attempt has memory enough for; None without any."""
+    for number in numbers:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+        try:
+            attempt(number)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+
+            release(error)
+        else:
+            return number
+
+    return None
+
+
+def release(error: Exception) -> None:
+    """Free what the functions that an error has ended still hold."""
+    traceback.clear_frames(error.__traceback__)
 
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -424,6 +451,31 @@ class Trainer:
             num_targets += count
 
         return self.world.reduce(total).item() / self.world.sum(num_targets)[0]
+
+    def fitting_batch_size(self, batch_size: int) -> int | None:
+        """Return the largest proper divisor of a batch size that memory holds; None without any.
+
+        It is found by trying, with windows of full length. No other process takes part.
+        """
+        self.model.zero_grad(set_to_none=True)
+        weights = [weight for weight in self.model.parameters() if weight.requires_grad]
+        # Before the first step the optimizers have nothing; later two numbers a weight at most.
+        state = () if self.step else [torch.empty_like(w) for w in weights for _ in range(2)]
+
+        def attempt(size: int) -> None:
+            x = torch.zeros(size, self.model.block_size, dtype=torch.int64, device=self.device)
+
+            with torch.compiler.set_stance("force_eager"), autocast(self.device, self.precision):
+                loss = self.model(x, x)
+
+            # Unlike backward, it wakes nothing that would wait for other processes.
+            torch.autograd.grad(loss, weights)
+
+        divisors = [size for size in range(batch_size // 2, 0, -1) if batch_size % size == 0]
+        size = first_that_fits(divisors, attempt, self.device)
+        del state
+
+        return size
 
     def finish_epoch(
         self, test_loss: float | None, flops: float, source_losses: dict[str, float]

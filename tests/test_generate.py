@@ -557,14 +557,27 @@ def test_an_adapter_that_was_asked_for_has_to_be_there(run):
     assert errors == "error: There is no checkpoint at out/lora.pt.\n"
 
 
-def test_out_of_memory_is_one_line(run, monkeypatch):
+@pytest.mark.parametrize(
+    ("capacity", "advice"),
+    [
+        (3, "; --num_samples=2 fits."),
+        (1, "; --num_samples=1 fits."),
+        (0, " with one text already; take a smaller model."),
+    ],
+)
+def test_out_of_memory_tells_what_fits(run, monkeypatch, capacity, advice):
     import model
 
-    def fail(*_):
-        raise torch.OutOfMemoryError("no memory")
+    encode = model.GPT.encode
 
-    monkeypatch.setattr(model, "generate", fail)
-    status, _, errors = run("--prompt=a")
+    def limited(self, x, *args):
+        if len(x) > capacity:
+            raise torch.OutOfMemoryError("no memory")
+
+        return encode(self, x, *args)
+
+    monkeypatch.setattr(model.GPT, "encode", limited)
+    status, _, errors = run("--prompt=a", "--num_samples=5")
 
     assert status == 1
-    assert "error: cpu is out of memory; lower --num_samples" in errors
+    assert f"error: cpu is out of memory{advice}" in errors

@@ -5,12 +5,14 @@ import hashlib
 import json
 import os
 import signal
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import SAVE_AT_ONCE, assert_same_run, finish, launch, write_documents
 
+import model
 import training
 from checkpoint import best_path, previous_path, save_checkpoint
 
@@ -695,18 +697,49 @@ def test_device_is_chosen_when_none_is_given(pre_train, small, capsys):
     assert f"Device: {training.resolve_device(None)}," in capsys.readouterr().out
 
 
-def test_out_of_memory_is_one_line(small, monkeypatch, error_of):
-    def refuse(*_):
-        raise error
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("no memory"), RuntimeError("can't allocate memory: 9 GB")],
+    ids=["cuda", "cpu"],
+)
+@pytest.mark.parametrize("is_testing", [False, True])
+@pytest.mark.parametrize(
+    ("batch_size", "capacity", "advice"),
+    [
+        (4, 2, "--batch_size=2 --gradient_accumulation_steps=4 fits and makes the same updates"),
+        (4, 1, "--batch_size=1 --gradient_accumulation_steps=8 fits and makes the same updates"),
+        (6, 4, "--batch_size=3 --gradient_accumulation_steps=4 fits and makes the same updates"),
+        (4, 0, "with a single window; take a smaller model or --block_size"),
+    ],
+)
+def test_out_of_memory_tells_what_fits(
+    small, tmp_path, monkeypatch, error_of, batch_size, capacity, advice, is_testing, error
+):
+    """Memory becomes short in the second epoch, while training or testing."""
+    forward, calls, held = model.GPT.forward, [], []
 
-    monkeypatch.setattr(training.Trainer, "accumulate_gradient", refuse)
+    def limited(self, x, *args):
+        calls.append(self.training)
+        is_short = calls.count(True) > 4 and (not is_testing or False in calls)
+        assert not any(kept() is not None for kept in held)
 
-    for kind, text in ((torch.OutOfMemoryError, ""), (RuntimeError, "can't allocate memory: 9 GB")):
-        error = kind(text)
-        status, line = error_of(small())
+        if is_short and len(x) > capacity:
+            activations = torch.zeros(1)
+            held.append(weakref.ref(activations))
+            raise type(error)(*error.args)
 
-        assert status == 1
-        assert "halve --batch_size" in line
+        return forward(self, x, *args)
+
+    monkeypatch.setattr(model.GPT, "forward", limited)
+    status, line = error_of(
+        small(f"--batch_size={batch_size}", f"--samples_per_epoch={4 * batch_size}")
+    )
+
+    assert status == 1
+    assert line.startswith("error: cpu is out of memory")
+    assert advice in line
+    assert line.endswith(", or add --activation_checkpointing.")
+    assert read(tmp_path / "checkpoint.pt")["position"] == 2
 
 
 def test_tensorboard_gets_the_scalars_where_it_is_installed(
