@@ -5,6 +5,7 @@ Nothing here imports torch, so that a wrong flag is answered at once.
 
 import argparse
 import difflib
+import io
 import math
 import os
 import sys
@@ -31,6 +32,11 @@ class Parser(argparse.ArgumentParser):
         Returns:
             The values of all arguments, and the names of those that were given.
         """
+        # A path may hold bytes that no terminal can show.
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
+
         dests = [action.dest for action in self._actions if action.dest != "help"]
         parsed, unknown = self.parse_known_args(argv, argparse.Namespace(**dict.fromkeys(dests)))
 
