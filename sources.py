@@ -474,8 +474,8 @@ def read_parquet(content: BinaryIO, file) -> Iterator[Block]:
 
     for group in range(table.num_row_groups):
         metadata = table.metadata.row_group(group)
-        columns = map(metadata.column, range(metadata.num_columns))
-        size = sum(c.total_uncompressed_size for c in columns if c.path_in_schema == "text")
+        # Of all columns: to ask for a single one of a damaged file may end the process.
+        size = metadata.total_byte_size
 
         if size + metadata.num_rows * Reader.ROW_SIZE <= MAX_LAZY_GROUP:
             # Who passes over it need not even read it.
