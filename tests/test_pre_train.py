@@ -197,24 +197,61 @@ def test_second_signal_leaves_at_once(small, tmp_path):
     assert read(tmp_path / "checkpoint.pt")["position"] == 3
 
 
-def test_signal_during_evaluation_loses_nothing(pre_train, small, folders):
+@pytest.mark.parametrize(
+    ("place", "position"),
+    [
+        ("training.Trainer.evaluate", 6),
+        ("training.Trainer.rehearse", 0),
+        ("training.Trainer.state_dict", 3),
+        ("training.Trainer.finish_epoch", 3),
+    ],
+    ids=["testing", "first", "saving", "closing"],
+)
+def test_signal_during_anything_loses_nothing(pre_train, small, folders, place, position):
     undisturbed, stopped = folders
     pre_train.main(small(out=undisturbed))
-    patch = """
-real = training.Trainer.evaluate
-def evaluate(self, batches, stop):
-    os.kill(os.getpid(), signal.SIGTERM)
-    return real(self, batches, stop)
-training.Trainer.evaluate = evaluate
+    patch = f"""
+real = {place}
+def signalled(*args):
+    if not os.path.exists({str(stopped / "signalled")!r}):
+        open({str(stopped / "signalled")!r}, "w").close()
+        os.kill(os.getpid(), signal.SIGTERM)
+    return real(*args)
+{place} = signalled
 """
     status, _, _ = finish(launch(small(out=stopped), patch))
 
     assert status == 143
-    assert read(stopped / "checkpoint.pt")["position"] == 6
+    assert read(stopped / "checkpoint.pt")["position"] == position
 
     pre_train.main(small("--resume", out=stopped))
     assert_same_run(undisturbed / "checkpoint.pt", stopped / "checkpoint.pt")
     assert len(rows(stopped)) == 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_during_preparation(pre_train, small, tmp_path, number):
+    """As from a terminal: to the workers, too."""
+    patch = f"""
+import preparation
+os.setpgrp()
+preparation.MIN_SIZE_PER_PROCESS, preparation.UNIT_SIZE = 1, 1 << 12
+add = preparation.Journal.add
+def signalled(self, result):
+    add(self, result)
+    if len(self.units) == 2:
+        os.killpg(0, {int(number)})
+preparation.Journal.add = signalled
+"""
+    argv = small("--num_epochs=1", f"--dataset_path={tmp_path / 'dataset'}")
+    status, output, errors = finish(launch(argv, patch))
+
+    assert status == (130 if number == signal.SIGINT else -number)
+    assert "Traceback" not in errors
+    assert "error: " not in errors
+    assert (tmp_path / "dataset").is_dir()
+
+    assert pre_train.main(argv) == 0
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])

@@ -1,0 +1,653 @@
+"""Every fault with its guard taken out: the tests that hold the guard in place have to fail.
+
+python tests/mutations.py            tries all, and writes the table of tests/README.md anew
+python tests/mutations.py 17 31      tries these faults alone, and prints their lines
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+TABLE = ROOT / "tests" / "README.md"
+
+
+class Mutation(NamedTuple):
+    """A guard, and what is there without it.
+
+    Args:
+        fault: what happens to a user, or what a user does.
+        test: a file of tests, and an expression that chooses some of them.
+        guard: where it is, and what stands there.
+        instead: what is put in its place.
+        outcome: what happens then.
+    """
+
+    number: int
+    fault: str
+    test: tuple[str, str]
+    file: str
+    guard: str
+    instead: str
+    outcome: str
+
+
+MUTATIONS = [
+    Mutation(
+        1,
+        "A whole number of 0 or below",
+        ("test_arguments", "whole_numbers"),
+        "arguments.py",
+        "lambda number: number > 0, ",
+        "lambda number: True, ",
+        "the run starts, and fails somewhere",
+    ),
+    Mutation(
+        2,
+        "A number that is NaN, infinite or out of range",
+        ("test_arguments", "positive_numbers"),
+        "arguments.py",
+        "lambda number: 0 < number < math.inf",
+        "lambda number: not number <= 0",
+        "NaN passes every comparison",
+    ),
+    Mutation(
+        3,
+        "Heads that do not divide the dimensions",
+        ("test_arguments", "do_not_divide"),
+        "model.py",
+        "if embedding_dimensions % num_attention_heads:",
+        "if False:",
+        "a traceback from a reshape",
+    ),
+    Mutation(
+        4,
+        "A flag that there is not, or half of one",
+        ("test_arguments", "unknown_arguments"),
+        "arguments.py",
+        "allow_abbrev=False",
+        "allow_abbrev=True",
+        "`--batch` is taken for `--batch_size`",
+    ),
+    Mutation(
+        5,
+        "`--flag False`, `--flag maybe`",
+        ("test_arguments", "booleans or no_boolean"),
+        "arguments.py",
+        "type=parse_bool",
+        "type=bool",
+        "False is true",
+    ),
+    Mutation(
+        6,
+        "A seed twice; a seed that is none",
+        ("test_arguments", "seeds"),
+        "arguments.py",
+        "lambda number: 0 <= number < 2**63",
+        "lambda number: True",
+        "-1 is another seed than it says",
+    ),
+    Mutation(
+        7,
+        "`--top_k` above the vocabulary",
+        ("test_generation", "more_than_the_vocabulary"),
+        "model.py",
+        "min(self.top_k, logits.size(-1))",
+        "self.top_k",
+        "a traceback from topk",
+    ),
+    Mutation(
+        8,
+        "Batches that do not divide by the processes, or are fewer",
+        ("test_distributed", "fewer_batches"),
+        "session.py",
+        "if args.gradient_accumulation_steps < world.size:",
+        "if False:",
+        "a process waits for a batch that never comes",
+    ),
+    Mutation(
+        9,
+        "A rank of 0, or above the dimensions",
+        ("test_lora", "rank_that_makes_no_adapter"),
+        "lora.py",
+        "    check_rank(rank, model.token_embeddings.embedding_dim)\n    model",
+        "    model",
+        "an adapter of nothing",
+    ),
+    Mutation(
+        10,
+        "An epoch below one update",
+        ("test_arguments", "below_one_update"),
+        "pre-train.py",
+        "if args.samples_per_epoch < samples_per_step:",
+        "if False:",
+        "a division by zero at the end of the epoch",
+    ),
+    Mutation(
+        11,
+        "`--device=cuda` without a GPU",
+        ("test_training", "device_that_is_not_there"),
+        "training.py",
+        'if kind == "cuda" and not torch.cuda.is_available():',
+        "if False:",
+        "PyTorch's own error, behind the preparation",
+    ),
+    Mutation(
+        12,
+        "A device that is unknown; more processes than GPUs",
+        ("test_arguments", "unknown_devices"),
+        "training.py",
+        'if not re.fullmatch(r"cpu|mps|cuda(:[0-9]+)?", name):',
+        "if False:",
+        "a traceback",
+    ),
+    Mutation(
+        13,
+        "A port that is taken",
+        ("test_distributed", "port_that_is_taken"),
+        "distributed.py",
+        'elif "EADDRINUSE" in cause:',
+        "elif False:",
+        "forty words of the library, without a cure",
+    ),
+    Mutation(
+        14,
+        "Variables that contradict themselves; a process that never comes",
+        ("test_distributed", "malformed_environment"),
+        "distributed.py",
+        "is_valid = 0 <= rank < size and",
+        "is_valid = True or",
+        "a wait for processes that there are not",
+    ),
+    Mutation(
+        15,
+        "Memory runs out",
+        ("test_pre_train", "out_of_memory"),
+        "training.py",
+        "return isinstance(error, types) or",
+        "return False and",
+        "a traceback without a cure",
+    ),
+    Mutation(
+        16,
+        "No checkpoint there, or a folder",
+        ("test_checkpoint", "missing_file"),
+        "checkpoint.py",
+        "if not path.is_file():",
+        "if False:",
+        "`No such file or directory`",
+    ),
+    Mutation(
+        17,
+        "A checkpoint that is cut off",
+        ("test_checkpoint", "truncated or empty"),
+        "checkpoint.py",
+        "        verify_checksum(path)\n",
+        "",
+        "not told as damaged; the previous one is not named",
+    ),
+    Mutation(
+        18,
+        "A page of HTML, zeros or tokens for a checkpoint",
+        ("test_checkpoint", "foreign"),
+        "checkpoint.py",
+        "if magic and magic != ZIP_MAGIC[: len(magic)]:",
+        "if False:",
+        "it is told as damaged",
+    ),
+    Mutation(
+        19,
+        "A flipped bit",
+        ("test_checkpoint", "flipped_bit"),
+        "checkpoint.py",
+        "        verify_checksum(path)\n",
+        "",
+        "weights that nobody has trained",
+    ),
+    Mutation(
+        20,
+        "Code in a checkpoint or an adapter",
+        ("test_checkpoint", "never_run"),
+        "checkpoint.py",
+        "weights_only=True",
+        "weights_only=False",
+        "it is run",
+    ),
+    Mutation(
+        21,
+        "A checkpoint of another kind",
+        ("test_checkpoint", "another_kind"),
+        "checkpoint.py",
+        "if missing := [key for key in required if key not in state]:",
+        "if missing := []:",
+        "a KeyError later",
+    ),
+    Mutation(
+        22,
+        "A checkpoint of another architecture or tokenizer",
+        ("test_pre_train", "resuming_another_run or another_tokenizer"),
+        "session.py",
+        "    if refused:\n",
+        "    if False:\n",
+        "a shape that does not fit, in a traceback",
+    ),
+    Mutation(
+        23,
+        "A newer format; the oldest format",
+        ("test_checkpoint", "another_kind"),
+        "checkpoint.py",
+        'if state["format_version"] > FORMAT_VERSION:',
+        "if False:",
+        "read as if it were this one",
+    ),
+    Mutation(
+        24,
+        "Names with `_orig_mod.` or `module.`",
+        ("test_generate", "wrappers_have_prefixed"),
+        "checkpoint.py",
+        'if part not in ("_orig_mod", "module")',
+        "",
+        "no weight is found",
+    ),
+    Mutation(
+        25,
+        "Weights that are not finite",
+        ("test_pre_train", "never_saved"),
+        "training.py",
+        "if self.world.max(not are_finite(self.model.parameters())):",
+        "if False:",
+        "a good checkpoint is followed by a bad one",
+    ),
+    Mutation(
+        26,
+        "Resuming what is finished",
+        ("test_pre_train", "nothing_to_do"),
+        "session.py",
+        'if not checkpoint or len(checkpoint["metrics"]) < args.num_epochs:',
+        "if True:",
+        "the file is written again",
+    ),
+    Mutation(
+        27,
+        "Other flags on resuming",
+        ("test_pre_train", "resuming_another_run or longer"),
+        "session.py",
+        '        print(f"Changed: {text}")\n',
+        "        pass\n",
+        "silence",
+    ),
+    Mutation(
+        28,
+        "Data that changed since the save",
+        ("test_pre_train", "changed_data"),
+        "session.py",
+        "    if found != saved:\n",
+        "    if False:\n",
+        "some text is read twice, and some never",
+    ),
+    Mutation(
+        29,
+        "Another number of processes on resuming",
+        ("test_distributed", "another_number"),
+        "sharding.py",
+        '        self.is_begun = bool(state["state"])\n',
+        "        self.is_begun = False\n",
+        "the momentum is forgotten",
+    ),
+    Mutation(
+        30,
+        "An adapter of another base",
+        ("test_generate", "another_model_is_refused"),
+        "checkpoint.py",
+        '    if state["base"] != base:\n',
+        "    if False:\n",
+        "text without sense",
+    ),
+    Mutation(
+        31,
+        "SIGKILL while saving",
+        ("test_checkpoint", "killed_while"),
+        "checkpoint.py",
+        'with open(temporary, "wb") as file:\n            write',
+        'with open(path, "wb") as file:\n            write',
+        "no checkpoint is left",
+    ),
+    Mutation(
+        32,
+        "A full disk while saving",
+        ("test_checkpoint", "full_disk"),
+        "checkpoint.py",
+        "sync_folder(path.parent)\n    except OSError as error:",
+        "sync_folder(path.parent)\n    except ZeroDivisionError as error:",
+        "a traceback",
+    ),
+    Mutation(
+        33,
+        "An output folder that is not there",
+        ("test_pre_train", "folders_that_are_missing"),
+        "checkpoint.py",
+        "        path.parent.mkdir(parents=True, exist_ok=True)\n",
+        "",
+        "an error where the run might have gone on",
+    ),
+    Mutation(
+        34,
+        "An output that cannot be written",
+        ("test_pre_train", "told_before_any_work"),
+        "session.py",
+        "            check_writable(path)\n",
+        "",
+        "told by the lock, in other words, or after hours",
+    ),
+    Mutation(
+        35,
+        "A save that fails once",
+        ("test_checkpoint", "save_that_failed"),
+        "checkpoint.py",
+        "        if pending:\n            pending.result()\n",
+        "",
+        "nobody hears of it",
+    ),
+    Mutation(
+        36,
+        "Two runs on one path",
+        ("test_pre_train", "second_run"),
+        "session.py",
+        "exclusive(lock_path(path), wait, refuse)",
+        "exclusive(lock_path(path).with_suffix(str(os.urandom(4))), wait, refuse)",
+        "both write the same files",
+    ),
+    Mutation(
+        37,
+        "SIGTERM in the middle of an epoch",
+        ("test_pre_train", "signal_saves"),
+        "session.py",
+        "            except Interrupted as interruption:\n                self.save()\n",
+        "            except Interrupted as interruption:\n",
+        "the updates since the last checkpoint are lost",
+    ),
+    Mutation(
+        38,
+        "SIGTERM to torchrun",
+        ("test_torchrun", "signal_to_torchrun"),
+        "training.py",
+        '    ECHO = 5.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0\n',
+        "    ECHO = 0.0\n",
+        "its echo ends the processes before they have saved",
+    ),
+    Mutation(
+        39,
+        "SIGTERM to one of several processes",
+        ("test_distributed", "signal_to_one_process"),
+        "training.py",
+        "if number := self.world.max(stop.number or 0):",
+        "if number := stop.number:",
+        "the others wait for it",
+    ),
+    Mutation(
+        40,
+        "Ctrl-C, and again",
+        ("test_pre_train", "second_signal"),
+        "training.py",
+        "elif time.monotonic() - self.came >= self.ECHO:",
+        "elif False:",
+        "it does not leave",
+    ),
+    Mutation(
+        41,
+        "A signal while testing, saving, compiling or preparing",
+        ("test_pre_train", "signal_during"),
+        "training.py",
+        "            self.check(stop)\n            count",
+        "            count",
+        "it waits for the end of the test",
+    ),
+    Mutation(
+        42,
+        "SIGKILL at any update",
+        ("test_pre_train", "killed_twice and fp32"),
+        "training.py",
+        "            torch.manual_seed(random_seed(self.seed, number))\n",
+        "",
+        "dropout that depends on what was before",
+    ),
+    Mutation(
+        43,
+        "A loss that is NaN",
+        ("test_pre_train", "loss_that_is_not_finite"),
+        "training.py",
+        "        self.check_finite(loss, norm)\n",
+        "",
+        "weights that are NaN",
+    ),
+    Mutation(
+        44,
+        "A gradient that is NaN with a finite loss",
+        ("test_pre_train", "gradient_that_is_not_finite"),
+        "training.py",
+        "if math.isfinite(loss) and (math.isfinite(norm) or tolerable):",
+        "if math.isfinite(loss):",
+        "the update is left out, without a word",
+    ),
+    Mutation(
+        45,
+        "NaN in one of several processes",
+        ("test_distributed", "nan_in_one_process"),
+        "training.py",
+        "return self.world.reduce(total / self.world.size), num_tokens",
+        "return total, num_tokens",
+        "one stops, the others wait for it",
+    ),
+    Mutation(
+        46,
+        "A batch without a target",
+        ("test_model", "without_targets"),
+        "loss.py",
+        "count = (y >= 0).sum().clamp(min=1)",
+        "count = (y >= 0).sum()",
+        "a loss of NaN",
+    ),
+    Mutation(
+        47,
+        "One of several processes is killed",
+        ("test_distributed", "dies_or_hangs"),
+        "session.py",
+        "                if not self.world.is_loss(error):\n",
+        "                if True:\n",
+        "a traceback of the library",
+    ),
+    Mutation(
+        48,
+        "One of several processes fails",
+        ("test_distributed", "error_of_one or error_at_the_start"),
+        "distributed.py",
+        'return self.ask_store(lambda store: store.add("failures", 1), 1) == 1',
+        "return True",
+        "as many messages as processes",
+    ),
+    Mutation(
+        49,
+        "One of several processes is stopped",
+        ("test_distributed", "dies_or_hangs"),
+        "distributed.py",
+        "            if time.monotonic() > deadline:\n                raise NoAnswerError\n",
+        "",
+        "the others wait for ever",
+    ),
+    Mutation(
+        50,
+        "The normal end of several processes, many times",
+        ("test_distributed", "normal_ends"),
+        "distributed.py",
+        "            self.max(0)\n            dist.destroy_process_group()\n",
+        "            os._exit(self.rank)\n",
+        "who is first takes the connections of the others along",
+    ),
+    Mutation(
+        51,
+        "Too little text",
+        ("test_pre_train", "too_little_text"),
+        "preparation.py",
+        '        if not counts[split]["documents"]:\n',
+        "        if False:\n",
+        "an empty test",
+    ),
+    Mutation(
+        52,
+        "A token file that is cut off, or changed",
+        ("test_preparation", "damaged_token_files"),
+        "token_files.py",
+        "if (size := path.stat().st_size) != expected:",
+        "if False:",
+        "SIGBUS, or text that nobody wrote",
+    ),
+    Mutation(
+        53,
+        "Ids beyond the vocabulary; another tokenizer",
+        ("test_preparation", "beyond_the_vocabulary or foreign_sidecars"),
+        "token_files.py",
+        "if largest >= VOCABULARY_SIZE:",
+        "if False:",
+        "a read beyond the embeddings",
+    ),
+    Mutation(
+        54,
+        "SIGKILL while preparing",
+        ("test_preparation", "killed_preparation"),
+        "preparation.py",
+        '    write_whole(parts / "sidecar.json", json.dumps(sidecar, indent=2).encode())\n',
+        '    (parts / "sidecar.json").write_text(json.dumps(sidecar))\n',
+        "other bytes",
+    ),
+    Mutation(
+        55,
+        "Several processes prepare at once",
+        ("test_preparation", "several_processes_at_once"),
+        "locks.py",
+        '        with open(path, "x") as file:',
+        '        with open(path, "w") as file:',
+        "all of them write the same files",
+    ),
+    Mutation(
+        56,
+        "A full disk while preparing",
+        ("test_preparation", "full_disk"),
+        "preparation.py",
+        "    except OSError as error:\n        is_full",
+        "    except ZeroDivisionError as error:\n        is_full",
+        "a traceback",
+    ),
+    Mutation(
+        57,
+        "A network that breaks, fails or lies",
+        ("test_hub", "fails_twice or stays_broken or cannot_be_reached"),
+        "hub.py",
+        "raise DamagedDownloadError",
+        "raise ValueError",
+        "damage is taken for text",
+    ),
+    Mutation(
+        58,
+        "Documents that are empty, no UTF-8, endless, or hold `<|endoftext|>`",
+        ("test_tokenizer", "any_text_is_text"),
+        "tokenizer.py",
+        "        return encode(without_surrogates(text))\n",
+        "        raise\n",
+        "a traceback at the one character",
+    ),
+    Mutation(
+        59,
+        "A prompt that is empty, too long or no UTF-8",
+        ("test_generate", "empty_prompt"),
+        "generate.py",
+        "        if not tokens:\n",
+        "        if False:\n",
+        "a traceback of an empty tensor",
+    ),
+    Mutation(
+        60,
+        "Ctrl-C at the prompt, a reader that leaves, half a character",
+        ("test_generate", "leaves"),
+        "generate.py",
+        "    except KeyboardInterrupt:\n",
+        "    except ZeroDivisionError:\n",
+        "a traceback",
+    ),
+]
+
+
+def main() -> None:
+    chosen = set(map(int, sys.argv[1:]))
+    lines, survivors = [], []
+
+    for mutation in MUTATIONS:
+        if chosen and mutation.number not in chosen:
+            continue
+
+        bites, num_tests = attempt(mutation)
+        line = (
+            f"| {mutation.number} | {mutation.fault} | `{mutation.test[0]}.py -k"
+            f' "{mutation.test[1]}"`, {num_tests} | `{first_line(mutation.guard)}` in'
+            f" {mutation.file} | {mutation.outcome} |"
+        )
+        lines.append(line.replace("||", "or"))
+        print(line if bites else f"SURVIVES {line}", flush=True)
+
+        if not bites:
+            survivors.append(mutation.number)
+
+    if not chosen and not survivors:
+        head, mark, _ = TABLE.read_text().partition("<!-- python tests/mutations.py -->\n")
+        head_of_table = "| # | Fault | Tests | Guard | Without it |\n|---|---|---|---|---|\n"
+        TABLE.write_text(head + mark + "\n" + head_of_table + "\n".join(lines) + "\n")
+
+    sys.exit(f"survive: {survivors}" if survivors else 0)
+
+
+def first_line(guard: str) -> str:
+    return guard.strip().splitlines()[0].strip().replace("|", "\\|")
+
+
+def attempt(mutation: Mutation) -> tuple[bool, int]:
+    """Run the tests of a copy without the guard; tell whether they fail, and how many they are."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "__pycache__", "out*"))
+        path = copy / mutation.file
+        text = path.read_text()
+        assert text.count(mutation.guard) == 1, f"{mutation.number}: the guard is not there"
+        path.write_text(text.replace(mutation.guard, mutation.instead))
+        status, num_tests = run_tests(copy, mutation.test)
+
+    return status == 1, num_tests
+
+
+def run_tests(folder: Path, test: tuple[str, str]) -> tuple[int, int]:
+    """Return pytest's exit status and how many tests it has run."""
+    name, expression = test
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", f"tests/{name}.py"]
+
+    try:
+        result = subprocess.run(
+            [*command, "-k", expression],
+            check=False,
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+    except subprocess.TimeoutExpired:
+        # It hangs, which is not what it does with the guard.
+        return 1, 0
+
+    return result.returncode, sum(map(int, re.findall(r"(\d+) (?:passed|failed)", result.stdout)))
+
+
+if __name__ == "__main__":
+    main()
