@@ -5,7 +5,6 @@ python tests/mutations.py 17 31      tries these faults alone, and prints their 
 """
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -589,10 +588,10 @@ def main() -> None:
         if chosen and mutation.number not in chosen:
             continue
 
-        bites, num_tests = attempt(mutation)
+        bites = attempt(mutation)
         line = (
             f"| {mutation.number} | {mutation.fault} | `{mutation.test[0]}.py -k"
-            f' "{mutation.test[1]}"`, {num_tests} | `{first_line(mutation.guard)}` in'
+            f' "{mutation.test[1]}"` | `{first_line(mutation.guard)}` in'
             f" {mutation.file} | {mutation.outcome} |"
         )
         lines.append(line.replace("||", "or"))
@@ -613,8 +612,8 @@ def first_line(guard: str) -> str:
     return guard.strip().splitlines()[0].strip().replace("|", "\\|")
 
 
-def attempt(mutation: Mutation) -> tuple[bool, int]:
-    """Run the tests of a copy without the guard; tell whether they fail, and how many they are."""
+def attempt(mutation: Mutation) -> bool:
+    """Tell whether the tests of a copy without the guard fail."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy"
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "__pycache__", "out*"))
@@ -622,15 +621,11 @@ def attempt(mutation: Mutation) -> tuple[bool, int]:
         text = path.read_text()
         assert text.count(mutation.guard) == 1, f"{mutation.number}: the guard is not there"
         path.write_text(text.replace(mutation.guard, mutation.instead))
-        status, num_tests = run_tests(copy, mutation.test)
-
-    return status == 1, num_tests
+        return has_failures(copy, *mutation.test)
 
 
-def run_tests(folder: Path, test: tuple[str, str]) -> tuple[int, int]:
-    """Return pytest's exit status and how many tests it has run."""
-    name, expression = test
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", f"tests/{name}.py"]
+def has_failures(folder: Path, name: str, expression: str) -> bool:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", f"tests/{name}.py"]
 
     try:
         result = subprocess.run(
@@ -638,16 +633,15 @@ def run_tests(folder: Path, test: tuple[str, str]) -> tuple[int, int]:
             check=False,
             cwd=folder,
             capture_output=True,
-            text=True,
             timeout=300,
             # What should have been refused at once finds no network.
             env={**os.environ, "OMP_NUM_THREADS": "1", "HF_ENDPOINT": "http://127.0.0.1:9"},
         )
     except subprocess.TimeoutExpired:
-        # It hangs, which is not what it does with the guard.
-        return 1, 0
+        # With the guard it does not hang.
+        return True
 
-    return result.returncode, sum(map(int, re.findall(r"(\d+) (?:passed|failed)", result.stdout)))
+    return result.returncode == 1
 
 
 if __name__ == "__main__":
