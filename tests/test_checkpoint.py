@@ -1,6 +1,7 @@
 """Checkpoints: whole or absent, whatever happens to the process or to the file."""
 
 import errno
+import lzma
 import os
 import pickle
 import random
@@ -18,8 +19,10 @@ from checkpoint import (
     CheckpointError,
     CheckpointWriter,
     best_path,
+    build_model,
     check_writable,
     load_checkpoint,
+    merge_lora_checkpoint,
     previous_path,
     save_checkpoint,
     set_aside,
@@ -177,6 +180,49 @@ def test_checkpoint_of_another_kind_is_refused(path, change, message):
 
     with pytest.raises(CheckpointError, match=message):
         load(path)
+
+
+@pytest.fixture
+def version_1(tmp_path):
+    """A model and its adapter, both in the middle of their runs, as format version 1 wrote them.
+
+    They are of 3 epochs of 3 updates that a signal has stopped after the fourth, and of 9 updates;
+    tables of tokens hold few values, so that they are small when packed.
+    """
+    for name in ("model", "lora"):
+        content = lzma.decompress((Path(__file__).parent / f"{name}-version-1.pt.xz").read_bytes())
+        (tmp_path / f"{name}.pt").write_bytes(content)
+
+    return tmp_path / "model.pt", tmp_path / "lora.pt"
+
+
+def test_version_1_is_read(version_1):
+    model_path, lora_path = version_1
+    model = build_model(
+        load_checkpoint(model_path, ("model_args", "model", "encoding")), model_path
+    )
+    tokens = torch.arange(1, 18)[None] * 1000
+    loss = model(tokens[:, :-1], tokens[:, 1:]).item()
+    lora = load_checkpoint(lora_path, ("lora_args", "lora", "base"))
+    merge_lora_checkpoint(model, lora, lora_path)
+
+    assert loss == pytest.approx(9.53875, abs=1e-4)
+    assert model(tokens[:, :-1], tokens[:, 1:]).item() != loss
+
+
+def test_version_1_is_gone_on_with(version_1, pre_train, small, monkeypatch, capsys):
+    model_path, _ = version_1
+    # Text is told apart by its place, which is another one here.
+    monkeypatch.setattr(pre_train, "check_same_data", lambda found, saved: None)
+    flags = ["--block_size=64", "--embedding_dimensions=4", "--num_hidden_layers=1"]
+    argv = small(*flags, "--dropout=0.1", f"--checkpoint_path={model_path}", "--resume")
+
+    assert pre_train.main(argv) == 0
+    assert "Resume: epoch 2, update 4" in capsys.readouterr().out
+
+    state = torch.load(model_path, weights_only=True)
+    assert state["position"] == 9
+    assert len(state["metrics"]) == 3
 
 
 def test_bare_weights_are_refused(path):

@@ -122,10 +122,10 @@ def test_run_learns_and_leaves_the_base_alone(fine_tune, small, base_path, tmp_p
         for matrix in "ab"
     }
     assert not {"model", "model_args"} & state.keys()
-    # Kept for each weight of the adapter, and for nothing else.
-    moments = [m for o in state["optimizer"] for s in o["state"].values() for m in s.values()]
-    num_trained = sum(weight.numel() for weight in state["lora"].values())
-    assert sum(m.numel() for m in moments if torch.is_tensor(m) and m.ndim) == num_trained
+    # Kept for each weight of the adapter, and for each of its rows, and for nothing else.
+    kept = [m for o in state["optimizer"] for s in o["state"].values() for m in s.values()]
+    expected = sum(weight.numel() + len(weight) for weight in state["lora"].values())
+    assert sum(m.numel() for m in kept if torch.is_tensor(m) and m.ndim) == expected
     assert "Next:   python generate.py" in output
 
 
