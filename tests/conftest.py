@@ -1,6 +1,7 @@
 """Text, small command lines and ways to run them, for all tests."""
 
 import importlib
+import json
 import os
 import random
 import re
@@ -17,6 +18,9 @@ sys.path.insert(0, str(ROOT))
 
 # A shell that starts tests in the background lets them ignore it, and all that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Of the instructions to fine-tune on.
+NUM_ROWS = 45
 
 WORDS = ("the", "a", "cat", "dog", "runs", "eats", "sees", "in", "house", "garden", "it", "was")
 
@@ -77,6 +81,49 @@ def small(text_folder, dataset_path, tmp_path):
         ]
 
     return build
+
+
+@pytest.fixture(scope="session")
+def base_path(tmp_path_factory):
+    """A checkpoint as pre-training writes it, with nothing but what fine-tuning reads."""
+    from checkpoint import save_checkpoint
+    from model import GPT
+
+    path = tmp_path_factory.mktemp("base") / "checkpoint.pt"
+    sizes = {
+        "vocabulary_size": 50257,
+        "block_size": 64,
+        "embedding_dimensions": 16,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 2,
+        "bias": False,
+    }
+    torch.manual_seed(0)
+    state = {
+        "format_version": 1,
+        "encoding": "r50k_base",
+        "model_args": sizes,
+        "model": GPT(**sizes).state_dict(),
+    }
+    save_checkpoint(path, state)
+
+    return path
+
+
+@pytest.fixture(scope="session")
+def rows_path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    rows = [
+        {
+            "instruction": f"Count to {n}.",
+            "input": "",
+            "output": " ".join(map(str, range(n % 9 + 1))),
+        }
+        for n in range(NUM_ROWS)
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -17,50 +17,6 @@ from test_pre_train import KILL_AT, SIGNAL_AT, read
 from checkpoint import build_model, load_checkpoint, save_checkpoint
 from processes import Group, assert_close_runs, finished
 
-NUM_ROWS = 45
-
-
-@pytest.fixture(scope="session")
-def base_path(tmp_path_factory):
-    """A checkpoint as pre-training writes it, with nothing but what fine-tuning reads."""
-    from model import GPT
-
-    path = tmp_path_factory.mktemp("base") / "checkpoint.pt"
-    sizes = {
-        "vocabulary_size": 50257,
-        "block_size": 64,
-        "embedding_dimensions": 16,
-        "num_attention_heads": 2,
-        "num_hidden_layers": 2,
-        "bias": False,
-    }
-    torch.manual_seed(0)
-    state = {
-        "format_version": 1,
-        "encoding": "r50k_base",
-        "model_args": sizes,
-        "model": GPT(**sizes).state_dict(),
-    }
-    save_checkpoint(path, state)
-
-    return path
-
-
-@pytest.fixture(scope="session")
-def rows_path(tmp_path_factory):
-    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    rows = [
-        {
-            "instruction": f"Count to {n}.",
-            "input": "",
-            "output": " ".join(map(str, range(n % 9 + 1))),
-        }
-        for n in range(NUM_ROWS)
-    ]
-    path.write_text("\n".join(map(json.dumps, rows)))
-
-    return path
-
 
 @pytest.fixture
 def small(base_path, rows_path, tmp_path):
