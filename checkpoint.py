@@ -167,8 +167,8 @@ def save_checkpoint(path: Path, state: dict, is_best: bool = False) -> None:
     temporary = temporary_path(path)
 
     try:
-        with open(temporary, "wb") as file:
-            write_archive(summed := SummedFile(file), state)
+        with open(temporary, "wb") as file, ThreadPoolExecutor(max_workers=1) as executor:
+            write_archive(summed := SummedFile(file, executor), state)
             file.seek(-len(NO_COMMENT), os.SEEK_END)
             file.write(comment_of(summed.checksum))
             file.flush()
@@ -193,16 +193,23 @@ def save_checkpoint(path: Path, state: dict, is_best: bool = False) -> None:
 
 
 class SummedFile:
-    """A file that is written from its beginning to its end, and the CRC-32 of that."""
+    """A file that is written from its beginning to its end, and the CRC-32 of that.
 
-    def __init__(self, file: io.BufferedIOBase):
+    Args:
+        executor: sums up what is being written meanwhile.
+    """
+
+    def __init__(self, file: io.BufferedIOBase, executor: ThreadPoolExecutor):
         self.file = file
+        self.executor = executor
         self.checksum = 0
 
     def write(self, data: bytes | memoryview) -> int:
-        self.checksum = zlib.crc32(data, self.checksum)
+        summing = self.executor.submit(zlib.crc32, data, self.checksum)
+        written = self.file.write(data)
+        self.checksum = summing.result()
 
-        return self.file.write(data)
+        return written
 
     def flush(self) -> None:
         self.file.flush()

@@ -312,8 +312,8 @@ MUTATIONS = [
         "SIGKILL while saving",
         ("test_checkpoint", "killed_while"),
         "checkpoint.py",
-        'with open(temporary, "wb") as file:\n            write',
-        'with open(path, "wb") as file:\n            write',
+        'with open(temporary, "wb") as file, ',
+        'with open(path, "wb") as file, ',
         "no checkpoint is left",
     ),
     Mutation(
