@@ -219,10 +219,12 @@ def signalled(*args):
     return real(*args)
 {place} = signalled
 """
-    status, _, _ = finish(launch(small(out=stopped), patch))
+    status, output, _ = finish(launch(small(out=stopped), patch))
 
     assert status == 143
     assert read(stopped / "checkpoint.pt")["position"] == position
+    # However long a test takes, it is not waited for.
+    assert ("epoch 2/3" in output) == (position > 6)
 
     pre_train.main(small("--resume", out=stopped))
     assert_same_run(undisturbed / "checkpoint.pt", stopped / "checkpoint.pt")

@@ -53,15 +53,31 @@ def position(folder) -> int:
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+    ("number", "is_echoed"),
+    [
+        (signal.SIGTERM, True),
+        pytest.param(signal.SIGTERM, False, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, True, marks=pytest.mark.slow),
+    ],
 )
-def test_signal_to_torchrun_stops_all_at_one_update(small, tmp_path, number):
-    process = torchrun(tmp_path, small(*FLAGS, "--num_epochs=2000"), "--standalone")
+def test_signal_to_torchrun_stops_all_at_one_update(small, tmp_path, number, is_echoed):
+    """A cluster sends it to all processes of a job, and torchrun sends it to its own once more."""
+    argv = small(*FLAGS, "--num_epochs=2000")
+    patch = "print('process', os.getpid(), flush=True)"
+    process = torchrun(tmp_path, argv, "--standalone", patch=patch)
+    own = []
 
     while not (line := process.stdout.readline()).startswith("epoch 2/"):
         assert line
 
+        if line.startswith("process "):
+            own.append(int(line.split()[1]))
+
     process.send_signal(number)
+
+    for pid in own if is_echoed else ():
+        os.kill(pid, number)
+
     _, output, errors = finish(process)
     stopped = re.findall(r"Stopped after update (\d+); saved", output)
 
