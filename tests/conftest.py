@@ -11,6 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
+
+# Tests side by side have a core each. Several with as many threads as cores wait for each other.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 ROOT = Path(__file__).parent.parent

@@ -625,7 +625,7 @@ def attempt(mutation: Mutation) -> bool:
 
 
 def has_failures(folder: Path, name: str, expression: str) -> bool:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", f"tests/{name}.py"]
+    command = [sys.executable, "-m", "pytest", "-x", "-n", "0", f"tests/{name}.py"]
 
     try:
         result = subprocess.run(

@@ -125,6 +125,15 @@ def test_seed_is_drawn_printed_and_kept(pre_train, small, tmp_path, capsys):
     assert read(tmp_path / "checkpoint.pt")["seed"] == seed
 
 
+@pytest.fixture
+def two_threads():
+    """Let the sums of a run be those of two threads, here and where this environment is given."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield {"OMP_NUM_THREADS": "2"}
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -136,7 +145,7 @@ def test_seed_is_drawn_printed_and_kept(pre_train, small, tmp_path, capsys):
     ids=["fp32", "bf16", "compiled", "fp16"],
 )
 def test_killed_twice_and_resumed_it_ends_as_if_nothing_had_happened(
-    pre_train, small, folders, flags
+    pre_train, small, folders, flags, two_threads
 ):
     """Killed in the middle of an epoch, then at the boundary of one."""
     undisturbed, killed = folders
@@ -144,7 +153,7 @@ def test_killed_twice_and_resumed_it_ends_as_if_nothing_had_happened(
     argv = small(*flags, out=killed)
 
     for extra, step in (([], 4), (["--resume"], 6)):
-        status, _, errors = finish(launch([*argv, *extra], KILL_AT.format(step)))
+        status, _, errors = finish(launch([*argv, *extra], KILL_AT.format(step), two_threads))
         assert status == -signal.SIGKILL, errors
 
     assert read(killed / "checkpoint.pt")["position"] == 6
