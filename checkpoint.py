@@ -14,13 +14,14 @@ import shutil
 import struct
 import time
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from locks import exclusive
 from lora import merge_lora
 from model import GPT
 from tokenizer import ENCODING
@@ -133,22 +134,46 @@ def temporary_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.tmp")
 
 
-def check_writable(path: Path) -> None:
-    """Make the folder of an output file, and prove that a file can be written there.
+def lock_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.lock")
+
+
+@contextlib.contextmanager
+def claimed(
+    path: Path, waiting: Callable[[str], None], living: Callable[[str], None]
+) -> Iterator[Callable[[], bool]]:
+    """Hold the lock of an output file, and prove that it can be written.
+
+    Args:
+        waiting, living: as for locks.exclusive.
+
+    Yields:
+        A function that tells whether the lock is held still.
 
     Raises:
-        CheckpointError: when that cannot be.
+        CheckpointError: when it cannot be written.
     """
+    with contextlib.ExitStack() as stack:
+        with reported_errors(path):
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, "Is a directory")
+
+            path.parent.mkdir(parents=True, exist_ok=True)
+            is_owner = stack.enter_context(exclusive(lock_path(path), waiting, living))
+            # Not before: another run may be writing under this name.
+            temporary_path(path).write_bytes(b"")
+
+            # Also what a killed run has left.
+            for name in (path, previous_path(path), best_path(path)):
+                temporary_path(name).unlink(missing_ok=True)
+
+        yield is_owner
+
+
+@contextlib.contextmanager
+def reported_errors(path: Path) -> Iterator[None]:
     try:
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "Is a directory")
-
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary_path(path).write_bytes(b"")
-
-        # Also what a killed run has left.
-        for name in (path, previous_path(path), best_path(path)):
-            temporary_path(name).unlink(missing_ok=True)
+        yield
     except OSError as error:
         raise CheckpointError(
             f"{path} cannot be written: {error.strerror}. Choose another path."

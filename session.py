@@ -23,14 +23,14 @@ from checkpoint import (
     CheckpointError,
     CheckpointWriter,
     best_path,
-    check_writable,
+    claimed,
     load_checkpoint,
+    lock_path,
     previous_path,
     set_aside,
     temporary_path,
 )
 from distributed import LostProcessError, NoAnswerError, ProcessError, World, whole
-from locks import exclusive
 from tokenizer import ENCODING, DataError
 from training import (
     PRECISIONS,
@@ -339,8 +339,7 @@ def claim(args: Namespace, world: World) -> Iterator[CheckpointWriter]:
 
         for flag in ("--checkpoint_path", "--metrics_path") if is_writer else ():
             path = Path(getattr(args, flag[2:]))
-            check_writable(path)
-            owners.append(stack.enter_context(exclusive(lock_path(path), wait, refuse)))
+            owners.append(stack.enter_context(claimed(path, wait, refuse)))
 
         writer = CheckpointWriter(
             Path(args.checkpoint_path), lambda: all(is_owner() for is_owner in owners)
@@ -386,10 +385,6 @@ def written_by(checkpoint_path: str) -> list[Path]:
     files = [path, previous_path(path), best_path(path)]
 
     return [*files, *map(temporary_path, files), lock_path(path)]
-
-
-def lock_path(path: Path) -> Path:
-    return path.with_name(f"{path.name}.lock")
 
 
 def begin(args: Namespace, world: World, keys: tuple[str, ...], is_dry: bool = False) -> dict:

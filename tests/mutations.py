@@ -338,10 +338,10 @@ MUTATIONS = [
         34,
         "An output that cannot be written",
         ("test_pre_train", "told_before_any_work"),
-        "session.py",
-        "            check_writable(path)\n",
-        "",
-        "told by the lock, in other words, or after hours",
+        "checkpoint.py",
+        "        with reported_errors(path):\n            if path.is_dir():",
+        "        with contextlib.nullcontext():\n            if path.is_dir():",
+        "told in other words, without a cure",
     ),
     Mutation(
         35,
@@ -356,9 +356,9 @@ MUTATIONS = [
         36,
         "Two runs on one path",
         ("test_pre_train", "second_run"),
-        "session.py",
-        "exclusive(lock_path(path), wait, refuse)",
-        "exclusive(lock_path(path).with_suffix(str(os.urandom(4))), wait, refuse)",
+        "checkpoint.py",
+        "exclusive(lock_path(path), waiting, living)",
+        "exclusive(lock_path(path).with_suffix(f'.{os.urandom(4).hex()}'), waiting, living)",
         "both write the same files",
     ),
     Mutation(
@@ -594,7 +594,7 @@ def main() -> None:
             f' "{mutation.test[1]}"` | `{first_line(mutation.guard)}` in'
             f" {mutation.file} | {mutation.outcome} |"
         )
-        lines.append(line.replace("||", "or"))
+        lines.append(line)
         print(line if bites else f"SURVIVES {line}", flush=True)
 
         if not bites:

@@ -20,7 +20,7 @@ from checkpoint import (
     CheckpointWriter,
     best_path,
     build_model,
-    check_writable,
+    claimed,
     load_checkpoint,
     merge_lora_checkpoint,
     previous_path,
@@ -51,6 +51,12 @@ def path(tmp_path):
 
 def load(path: Path) -> dict:
     return load_checkpoint(path, ["model", "position"])
+
+
+def claim(path: Path) -> None:
+    """Begin a run, and end it."""
+    with claimed(path, pytest.fail, pytest.fail):
+        pass
 
 
 def files_in(folder: Path) -> list[str]:
@@ -283,7 +289,7 @@ checkpoint.save_checkpoint(path, {{"format_version": 1, "model": {{}}, "position
     assert status == -9
     assert load(path)["position"] in (1, 2)
 
-    check_writable(path)
+    claim(path)
     save_checkpoint(path, state_of(3))
     assert load(path)["position"] == 3
     assert set(files_in(path.parent)) <= {path.name, previous_path(path).name}
@@ -291,24 +297,37 @@ checkpoint.save_checkpoint(path, {{"format_version": 1, "model": {{}}, "position
 
 def test_output_folder_is_made_and_proved(tmp_path):
     path = tmp_path / "a" / "b" / "checkpoint.pt"
-    check_writable(path)
+    claim(path)
 
     assert files_in(path.parent) == []
 
     (tmp_path / "file").write_text("")
 
     with pytest.raises(CheckpointError, match=r"file/checkpoint\.pt cannot be written: (Not|File)"):
-        check_writable(tmp_path / "file" / "checkpoint.pt")
+        claim(tmp_path / "file" / "checkpoint.pt")
 
     with pytest.raises(CheckpointError, match="cannot be written: Is a directory"):
-        check_writable(tmp_path)
+        claim(tmp_path)
 
 
 def test_what_a_killed_run_has_left_is_removed(path):
     temporary_path(path).write_bytes(b"half")
-    check_writable(path)
+    claim(path)
 
     assert files_in(path.parent) == [path.name]
+
+
+def test_what_another_run_is_writing_is_left_alone(path):
+    def refuse(_) -> None:
+        raise KeyError
+
+    with claimed(path, pytest.fail, pytest.fail):
+        temporary_path(path).write_bytes(b"half")
+
+        with pytest.raises(KeyError), claimed(path, pytest.fail, refuse):
+            pass
+
+        assert temporary_path(path).read_bytes() == b"half"
 
 
 def test_earlier_run_is_set_aside(path):

@@ -19,13 +19,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import NUM_ROWS, SAVE_AT_ONCE, assert_same_run
-from test_checkpoint import files_in
+from test_checkpoint import claim, files_in
 from test_fuzz import with_right_checksum
 
 import checkpoint
 from checkpoint import (
     CheckpointError,
-    check_writable,
     load_checkpoint,
     previous_path,
     save_checkpoint,
@@ -77,7 +76,7 @@ def test_killed_at_random_moments_of_saving(tmp_path, number):
         if previous_path(path).exists():
             load_checkpoint(previous_path(path), ["model", "position"])
 
-        check_writable(path)
+        claim(path)
         assert not any(name.endswith(".tmp") for name in files_in(tmp_path))
 
     # The moments were those of saving.
