@@ -160,7 +160,9 @@ class ShardedMuon(Muon):
         for first in range(0, len(matrices), self.world.size):
             yield matrices[first : first + self.world.size]
 
-    def updates(self, matrices: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    def updates(
+        self, matrices: Iterable[Tensor], momentum: float
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         self.is_begun = True
 
         for some in self.rounds(matrices):
@@ -168,7 +170,7 @@ class ShardedMuon(Muon):
                 gradient = matrix.grad.full_tensor()
 
                 if owner == self.world.rank:
-                    own = self.update(matrix, gradient).contiguous()
+                    own = self.update(matrix, gradient, momentum).contiguous()
 
             for owner, matrix in enumerate(some):
                 is_own = owner == self.world.rank

@@ -361,7 +361,7 @@ class Trainer:
         self.check_finite(loss, norm)
 
         if math.isfinite(norm):
-            self.optimizers.step(self.scaler, self.schedule(self.step))
+            self.optimizers.step(self.scaler, self.schedule(self.step), self.step)
             self.scaler.update()
         else:
             # An overflow that one process alone has seen is one of all.

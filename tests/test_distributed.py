@@ -123,7 +123,7 @@ def test_any_number_of_processes_learns_the_same(run, flags, sizes):
 
     for size in sizes:
         # Steps of 0.16, the recipe's for so narrow a model, are rounded more coarsely.
-        assert_close_runs(one, finished(run(size, *flags)), tolerance=3e-5)
+        assert_close_runs(one, finished(run(size, *flags)), tolerance=5e-5)
 
 
 @pytest.mark.parametrize("sharding", ["optimizer", pytest.param("full", marks=pytest.mark.slow)])

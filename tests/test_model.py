@@ -166,9 +166,9 @@ def test_padded_rows_never_move_and_are_never_predicted(model, batch, optimizer)
     optimizers = Optimizers(model, optimizer, 0.1, World())
     scaler = torch.amp.GradScaler(enabled=False)
 
-    for _ in range(3):
+    for step in range(3):
         model(x, y).backward()
-        optimizers.step(scaler, 1e-3)
+        optimizers.step(scaler, 1e-3, step)
         optimizers.zero_grad()
 
     assert model.token_embeddings.weight.shape == (384, 48)

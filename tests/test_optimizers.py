@@ -48,8 +48,11 @@ def test_every_weight_has_one_optimizer_and_its_decay():
     assert {names[id(p)] for p in muon.param_groups[0]["params"]} == hidden
 
 
-def test_steps_go_by_the_width_of_the_model():
-    """Against the same optimizers, one at a time, at rates made by hand."""
+@pytest.mark.parametrize(
+    ("first_step", "momenta"), [(0, (0.85, 0.85 + 1 / 3000, 0.85 + 2 / 3000)), (999, (0.95,) * 3)]
+)
+def test_steps_go_by_the_width_of_the_model(first_step, momenta):
+    """Against the same optimizers, one at a time, at rates and momenta made by hand."""
     torch.manual_seed(0)
     model = GPT(300, 8, 16, 2, 1)
     expected = copy.deepcopy(model)
@@ -58,15 +61,17 @@ def test_steps_go_by_the_width_of_the_model():
     rest = [p for p in expected.parameters() if id(p) not in {id(p) for p in hidden}]
     theirs = [
         Muon([{"params": hidden, "lr": 80e-3, "weight_decay": 0.1}], torch.float32),
-        torch.optim.AdamW(rest, lr=320e-3, betas=(0.9, 0.95), weight_decay=0.0),
+        torch.optim.AdamW(rest, lr=320e-3, betas=(0.8, 0.95), weight_decay=0.0),
     ]
 
-    for _ in range(3):
+    for number, momentum in enumerate(momenta):
+        theirs[0].param_groups[0]["momentum"] = momentum
+
         for left, right in zip(model.parameters(), expected.parameters(), strict=True):
             left.grad = torch.randn_like(left)
             right.grad = left.grad.clone()
 
-        optimizers.step(torch.amp.GradScaler(enabled=False), 1e-3)
+        optimizers.step(torch.amp.GradScaler(enabled=False), 1e-3, first_step + number)
 
         for each in theirs:
             each.step()
