@@ -54,21 +54,37 @@ class CheckpointWriter:
         """Copy a state, and leave it to be written; where memory is short, write it at once.
 
         Raises:
-            CheckpointError: when this one or the one before cannot be written.
+            CheckpointError: when it cannot be written, or belongs to another run.
         """
-        self.wait()
+        self.check_owner()
+        can_wait = 2 * num_bytes(state) < available_memory()
 
+        try:
+            self.wait()
+        except CheckpointError:
+            # What was in the way may be gone; if not, that is to be known now.
+            can_wait = False
+
+        if can_wait:
+            copy = copy_to_cpu(state)
+            self.pending = self.executor.submit(save_checkpoint, self.path, copy, is_best)
+        else:
+            save_checkpoint(self.path, state, is_best)
+
+    def check_owner(self) -> None:
+        """Raise CheckpointError when another run has taken over the files of this one."""
         if not self.is_owner():
             raise CheckpointError(
                 f"{self.path} belongs to another run by now: this one was silent for too long, as"
                 " on a machine that sleeps, and was taken for dead."
             )
 
-        if 2 * num_bytes(state) < available_memory():
-            copy = copy_to_cpu(state)
-            self.pending = self.executor.submit(save_checkpoint, self.path, copy, is_best)
-        else:
-            save_checkpoint(self.path, state, is_best)
+    @property
+    def has_failed(self) -> bool:
+        """Whether the last checkpoint was not written; false as long as that is open."""
+        pending = self.pending
+
+        return bool(pending and pending.done() and pending.exception())
 
     def wait(self) -> None:
         """Return when everything is written.
@@ -114,12 +130,29 @@ def available_memory() -> float:
         lines = Path("/proc/meminfo").read_text().splitlines()
         limits.append(1024 * next(int(line.split()[1]) for line in lines if "MemAvail" in line))
 
-    # Of a container.
-    with contextlib.suppress(OSError, ValueError):
-        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
-        limits.append(int(limit.read_text()) - int(used.read_text()))
+    for folder in control_groups():
+        with contextlib.suppress(OSError, ValueError, StopIteration):
+            limit, used = (int((folder / f"memory.{n}").read_text()) for n in ("max", "current"))
+            lines = (folder / "memory.stat").read_text().splitlines()
+            # Files that were read or written lately are given up when it gets tight.
+            cached = next(int(line.split()[1]) for line in lines if "inactive_file" in line)
+            limits.append(limit - used + cached)
 
     return min(limits)
+
+
+def control_groups() -> list[Path]:
+    """Return what may limit the memory of this process on Linux: its group and those around it."""
+    root = Path("/sys/fs/cgroup")
+
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            if line.startswith("0::/"):
+                group = root / line.removeprefix("0::/")
+
+                return [folder for folder in (group, *group.parents) if folder.is_relative_to(root)]
+
+    return [root]
 
 
 def previous_path(path: Path) -> Path:

@@ -138,14 +138,14 @@ def advise_on_memory(error: Exception, speaker: "Speaker | None", device) -> str
     from training import release
 
     release(error)
-    fitting = speaker.fitting_num_samples() if speaker else None
+    # A system that runs out of memory ends the process that tries.
+    if device.type == "cpu":
+        return "cpu is out of memory; lower --num_samples, or take a smaller model."
 
-    if fitting:
+    if fitting := speaker and speaker.fitting_num_samples():
         return f"{device} is out of memory; --num_samples={fitting} fits."
 
-    other = "" if device.type == "cpu" else " or --device=cpu"
-
-    return f"{device} is out of memory with one text already; take a smaller model{other}."
+    return f"{device} is out of memory with one text already; take a smaller model or --device=cpu."
 
 
 class Speaker:
@@ -215,14 +215,18 @@ class Speaker:
         from training import first_that_fits
 
         def attempt(number: int) -> None:
-            x = torch.zeros(number, self.model.block_size, dtype=torch.int64, device=self.device)
-
-            # The second token is one beyond the context.
-            list(generate(self.model, x, 2, Sampler(), seed=0))
+            # From almost at the end of the context to beyond it.
+            size = max(1, self.model.block_size - 2)
+            x = torch.zeros(number, size, dtype=torch.int64, device=self.device)
+            list(generate(self.model, x, 4, Sampler(), 0, self.uses_graphs))
 
         numbers = [self.args.num_samples // 2**power for power in range(1, 31)]
 
         return first_that_fits([number for number in numbers if number], attempt, self.device)
+
+    @property
+    def uses_graphs(self) -> bool:
+        return self.args.compile and self.device.type == "cuda"
 
     @property
     def uses_template(self) -> bool:
@@ -257,13 +261,12 @@ class Speaker:
         args, encoding = self.args, load_encoding()
         x = torch.tensor([prompt] * args.num_samples, device=self.device)  # (B, T)
         sampler = Sampler(args.temperature, args.top_k, args.top_p)
-        use_graphs = args.compile and self.device.type == "cuda"
         seed = self.seed + self.num_answers
         # A character may have its bytes in several tokens.
         running = [True] * args.num_samples
         decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in running]
 
-        for tokens in generate(self.model, x, args.max_tokens, sampler, seed, use_graphs):
+        for tokens in generate(self.model, x, args.max_tokens, sampler, seed, self.uses_graphs):
             row: list[str | None] = []
 
             for number, token in enumerate(tokens.tolist()):

@@ -40,16 +40,17 @@ def exclusive(
     token = {
         "host": host_name(),
         "process": os.getpid(),
-        "started": start_of(os.getpid()),
+        "started": state_and_start(os.getpid())[1],
         "token": uuid.uuid4().hex,
     }
     acquire(path, token, waiting, living)
     stop = threading.Event()
-    thread = threading.Thread(target=show_life, args=(path, stop), daemon=True)
+    thread = threading.Thread(target=show_life, args=(path, token, stop), daemon=True)
     thread.start()
 
     try:
-        yield lambda: read(path) == token
+        # What cannot be read, or was deleted, has not been taken by anybody.
+        yield lambda: read(path) in (token, None)
     finally:
         stop.set()
         thread.join()
@@ -90,10 +91,16 @@ def acquire(
 def create(path: Path, token: dict) -> bool:
     """Create the lock unless it is there; return whether it was not."""
     try:
-        with open(path, "x") as file:
-            json.dump(token, file)
+        file = open(path, "x")  # noqa: SIM115
     except FileExistsError:
         return False
+
+    try:
+        with file:
+            json.dump(token, file)
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
 
     return True
 
@@ -137,10 +144,11 @@ def last_beat(path: Path) -> int | None:
         return None
 
 
-def show_life(path: Path, stop: threading.Event) -> None:
+def show_life(path: Path, token: dict, stop: threading.Event) -> None:
     while not stop.wait(HEARTBEAT):
-        with contextlib.suppress(OSError):
-            os.utime(path)
+        if read(path) == token:
+            with contextlib.suppress(OSError):
+                os.utime(path)
 
 
 def is_dead(holder: dict | None) -> bool:
@@ -155,8 +163,13 @@ def is_dead(holder: dict | None) -> bool:
     except OSError:
         return False
 
+    state, started = state_and_start(holder["process"])
+
+    # It has ended, though nobody has asked how: in many containers nobody ever does.
+    if state in ("Z", "X"):
+        return True
+
     # Another process may have its number by now, or this one.
-    started = start_of(holder["process"])
     has_number_only = holder.get("started") != started
 
     return has_number_only if started else holder["process"] == os.getpid()
@@ -172,13 +185,18 @@ def is_alive(holder: dict | None) -> bool:
     )
 
 
-def start_of(process: int) -> str | None:
-    """Return when a process was started, in ticks of its machine; None where that is not told."""
+def state_and_start(process: int) -> tuple[str | None, str | None]:
+    """Return the state of a process, Z for one that has ended, and when it was started.
+
+    The time is in ticks of its machine; both are None where they are not told.
+    """
     try:
         # Behind the name, which may hold anything but ends with the last bracket.
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+
+        return fields[0], fields[19]
     except (OSError, IndexError):
-        return None
+        return None, None
 
 
 def describe(holder: dict | None) -> str:

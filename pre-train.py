@@ -325,11 +325,9 @@ def check_arguments(args: Namespace) -> list[tuple[Source, float | None]]:
     """Return the sources with their weights; raise ValueError where values do not fit together."""
     check_sizes(args.embedding_dimensions, args.num_attention_heads)
 
-    samples_per_step = args.batch_size * args.gradient_accumulation_steps
-
-    if args.samples_per_epoch < samples_per_step:
+    if args.samples_per_epoch < samples_per_step(args):
         raise ValueError(
-            f"--samples_per_epoch must be at least {samples_per_step}, one update of"
+            f"--samples_per_epoch must be at least {samples_per_step(args)}, one update of"
             f" {args.gradient_accumulation_steps} batches of {args.batch_size};"
             f" {args.samples_per_epoch} given"
         )
@@ -370,7 +368,11 @@ def run(
 
     if checkpoint:
         saved, wanted = checkpoint["model_args"], {**settings(args), **model_args(args)}
-        check_resumable(args, checkpoint, saved, wanted, FREE_FLAGS)
+        shape = ("batch_size", "gradient_accumulation_steps")
+        is_same = math.prod(checkpoint["settings"][f] for f in shape) == samples_per_step(args)
+        # However an update is cut into batches, it has the same samples.
+        free = FREE_FLAGS + shape if is_same else FREE_FLAGS
+        check_resumable(args, checkpoint, saved, wanted, free)
 
     if is_finished(args, checkpoint):
         return 0
@@ -490,11 +492,15 @@ def step_loader(args: Namespace, data: Data, world: World) -> Callable[[int], St
 
 def steps_per_epoch(args: Namespace) -> int:
     """Return the whole updates in an epoch; the stream of samples goes on behind them."""
-    return args.samples_per_epoch // (args.batch_size * args.gradient_accumulation_steps)
+    return args.samples_per_epoch // samples_per_step(args)
+
+
+def samples_per_step(args: Namespace) -> int:
+    return args.batch_size * args.gradient_accumulation_steps
 
 
 def tokens_per_step(args: Namespace) -> int:
-    return args.batch_size * args.gradient_accumulation_steps * args.block_size
+    return samples_per_step(args) * args.block_size
 
 
 def build_schedule(args: Namespace) -> Schedule:
@@ -549,7 +555,7 @@ def describe(args: Namespace, trainer: Trainer, data: Data, compiled: str) -> No
         f" --seed={trainer.seed}"
     )
 
-    if args.samples_per_epoch % (args.batch_size * args.gradient_accumulation_steps):
+    if args.samples_per_epoch % samples_per_step(args):
         print("Note:   an epoch holds whole updates alone; its other samples open the next one")
     describe_resume(trainer)
 

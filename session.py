@@ -6,6 +6,7 @@ begin -> Session.train, epoch by epoch -> saved at intervals, at a signal, and a
 import contextlib
 import os
 import secrets
+import sys
 import traceback
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
@@ -136,21 +137,22 @@ class Session:
 
     def advise_on_memory(self) -> str:
         """Say which flags make a run fit that has run out of memory."""
-        args, told = self.args, f"{self.world.device} is out of memory"
+        args, device, told = self.args, self.world.device, f"{self.world.device} is out of memory"
         can_recompute = not vars(args).get("activation_checkpointing", True)
         recompute = ", or add --activation_checkpointing" if can_recompute else ""
 
-        # Where weights are spread, no process can try anything alone.
-        if self.world.has_sharded_weights:
+        # Where weights are spread, no process can try anything alone. A system that runs out of
+        # memory ends the process that tries.
+        if self.world.has_sharded_weights or device.type == "cpu":
             return f"{told}; halve --batch_size, double --gradient_accumulation_steps{recompute}."
 
         if size := self.trainer.fitting_batch_size(args.batch_size):
             batches = args.gradient_accumulation_steps * args.batch_size // size
             flags = f"--batch_size={size} --gradient_accumulation_steps={batches}"
 
-            return f"{told}; {flags} fits and makes the same updates{recompute}."
+            return f"{told}; {flags} fits{recompute}."
 
-        return f"{told} with a single window; take a smaller model or --block_size{recompute}."
+        return f"{told} with a single window; take a smaller model{recompute}."
 
     @contextlib.contextmanager
     def stoppable(self) -> Iterator[StopSignal]:
@@ -194,10 +196,14 @@ class Session:
             row = trainer.finish_epoch(test_loss, self.flops_per_token, by_source)
 
             if self.world.is_first:
+                self.writer.check_owner()
                 metrics.add(row)
                 tqdm.write(describe_row(row, args.num_epochs))
 
-            if epoch % args.checkpoint_interval == 0 or is_best or is_last:
+            is_due = epoch % args.checkpoint_interval == 0 or is_best or is_last
+
+            # The first process alone knows; a save that has failed is made up for.
+            if self.world.max(is_due or self.writer.has_failed):
                 self.save(bool(is_best))
 
     def evaluate(self, stop: StopSignal) -> dict[str, float]:
@@ -279,8 +285,10 @@ def run_script(
 
             # Nothing is waited for that others would have to answer.
             if world.size > 1:
-                stack.close()
-                os._exit(status)
+                try:
+                    stack.close()
+                finally:
+                    os._exit(status)
 
     return status
 
@@ -349,8 +357,10 @@ def claim(args: Namespace, world: World) -> Iterator[CheckpointWriter]:
             yield writer
         finally:
             # Of a run that fails; others have asked.
-            with contextlib.suppress(CheckpointError):
+            try:
                 writer.wait()
+            except Exception as error:
+                tqdm.write(f"Note:   {error}", file=sys.stderr)
 
 
 def check_accumulation(args: Namespace, world: World) -> None:

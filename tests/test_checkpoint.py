@@ -1,5 +1,6 @@
 """Checkpoints: whole or absent, whatever happens to the process or to the file."""
 
+import contextlib
 import errno
 import lzma
 import os
@@ -393,21 +394,45 @@ def test_checkpoints_are_written_one_after_the_other(writer, path):
     assert [load(place)["position"] for place in places] == [11, 10, 7]
 
 
+@pytest.fixture
+def full_disk():
+    """A context in which nothing can be saved."""
+
+    @contextlib.contextmanager
+    def full(writer):
+        def refuse(*_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        with pytest.MonkeyPatch.context() as context:
+            context.setattr(os, "fsync", refuse)
+            yield
+            writer.executor.submit(lambda: None).result()
+
+    return full
+
+
 @pytest.mark.parametrize("last", ["save", "wait"])
-def test_a_save_that_failed_is_told_at_the_next_move(writer, monkeypatch, last):
-    def refuse(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as context:
-        context.setattr(os, "fsync", refuse)
+def test_a_save_that_failed_is_told_at_the_next_move(writer, full_disk, last):
+    with full_disk(writer):
         writer.save(state_of(2))
-        writer.executor.submit(lambda: None).result()
 
-    with pytest.raises(CheckpointError, match="could not be saved: No space left"):
-        writer.wait() if last == "wait" else writer.save(state_of(3))
+        with pytest.raises(CheckpointError, match="could not be saved: No space left"):
+            writer.wait() if last == "wait" else writer.save(state_of(3))
 
     writer.wait()
     assert load(writer.path)["position"] == 1
+
+
+def test_a_save_that_failed_is_made_up_for(writer, full_disk):
+    with full_disk(writer):
+        writer.save(state_of(2))
+
+    assert writer.has_failed
+
+    writer.save(state_of(3))
+
+    assert not writer.has_failed
+    assert load(writer.path)["position"] == 3
 
 
 def test_where_memory_is_short_nothing_is_copied(writer, path, monkeypatch):
@@ -419,14 +444,36 @@ def test_where_memory_is_short_nothing_is_copied(writer, path, monkeypatch):
     assert load(path)["position"] == 2
 
 
-def test_available_memory_is_that_of_the_system():
-    pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+@pytest.mark.parametrize(
+    ("groups", "expected"),
+    [
+        ({}, 8000 * 1024),
+        ({"a/b": ("5000000", 4000000, 500000), "a": ("max", 9, 0)}, 1500000),
+        ({"a/b": ("max", 4000000, 0), "a": ("7000000", 6000000, 0)}, 1000000),
+        ({"": ("3000000", 1000000, 0)}, 2000000),
+    ],
+)
+def test_available_memory_is_that_of_the_narrowest_group(monkeypatch, tmp_path, groups, expected):
+    files = {
+        "/proc/meminfo": "MemTotal: 16000 kB\nMemAvailable:    8000 kB\n",
+        "/proc/self/cgroup": "1:name=x:/y\n0::/a/b\n",
+    }
 
-    assert (
-        0.5 * pages
-        < checkpoint.available_memory()
-        <= os.sysconf("SC_PHYS_PAGES") * (os.sysconf("SC_PAGE_SIZE"))
-    )
+    for name, (limit, used, cached) in groups.items():
+        folder = Path("/sys/fs/cgroup") / name
+        files[str(folder / "memory.max")] = limit
+        files[str(folder / "memory.current")] = str(used)
+        files[str(folder / "memory.stat")] = f"anon 5\ninactive_file {cached}\n"
+
+    def read_text(path):
+        try:
+            return files[str(path)]
+        except KeyError:
+            raise FileNotFoundError from None
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+
+    assert checkpoint.available_memory() == expected
 
 
 def test_killed_while_writing_behind(path):

@@ -361,7 +361,7 @@ model.GPT.forward = faulty
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        ("torch.OutOfMemoryError('no memory')", "error: cpu is out of memory; --batch_size=1 "),
+        ("torch.OutOfMemoryError('no memory')", "error: cpu is out of memory; halve --batch_size"),
         ("OSError(5, 'Input/output error')", "error: [Errno 5] Input/output error"),
         ("KeyError('surprise')", "Traceback (most recent call last):"),
     ],

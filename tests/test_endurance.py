@@ -128,7 +128,8 @@ training.Trainer.take_step = signalled
 
         # It may be that all was done by then.
         if statuses != [0] * size:
-            assert statuses == [128 + signal.SIGTERM] * size
+            # One whose own signal comes when all is saved and done may end of it.
+            assert set(statuses) <= {128 + signal.SIGTERM, -signal.SIGTERM}
             told = re.search(r"Stopped after update (\d+);", group.output())
             state = torch.load(group.folder / "checkpoint.pt", weights_only=True)
             assert state["position"] == int(told[1])

@@ -557,15 +557,29 @@ def test_an_adapter_that_was_asked_for_has_to_be_there(run):
     assert errors == "error: There is no checkpoint at out/lora.pt.\n"
 
 
+def test_out_of_memory_is_one_line(run, monkeypatch):
+    import model
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(model, "generate", fail)
+    status, _, errors = run("--prompt=a")
+
+    assert status == 1
+    assert "error: cpu is out of memory; lower --num_samples" in errors
+
+
 @pytest.mark.parametrize(
     ("capacity", "advice"),
     [
         (3, "; --num_samples=2 fits."),
         (1, "; --num_samples=1 fits."),
-        (0, " with one text already; take a smaller model."),
+        (0, " with one text already; take a smaller model or --device=cpu."),
     ],
 )
-def test_out_of_memory_tells_what_fits(run, monkeypatch, capacity, advice):
+def test_out_of_memory_tells_what_fits(script, checkpoint, monkeypatch, capacity, advice):
+    """What is said of a GPU, tried on the CPU."""
     import model
 
     encode = model.GPT.encode
@@ -577,7 +591,9 @@ def test_out_of_memory_tells_what_fits(run, monkeypatch, capacity, advice):
         return encode(self, x, *args)
 
     monkeypatch.setattr(model.GPT, "encode", limited)
-    status, _, errors = run("--prompt=a", "--num_samples=5")
+    argv = [f"--checkpoint_path={checkpoint}", "--num_samples=5", "--lora_path="]
+    args, _ = script.build_parser().parse(argv, {})
+    speaker = script.Speaker(args, torch.device("cpu"), False)
+    told = script.advise_on_memory(MemoryError(), speaker, torch.device("cuda"))
 
-    assert status == 1
-    assert f"error: cpu is out of memory{advice}" in errors
+    assert told == f"cuda is out of memory{advice}"

@@ -30,7 +30,7 @@ def write_lock(path: Path, **changes) -> dict:
     holder = {
         "host": locks.host_name(),
         "process": os.getppid(),
-        "started": locks.start_of(os.getppid()),
+        "started": locks.state_and_start(os.getppid())[1],
         "token": "theirs",
         **changes,
     }
@@ -70,6 +70,23 @@ def test_the_lock_of_a_dead_process_is_taken_over(tmp_path, changes):
         pass
 
     assert not list(tmp_path.iterdir())
+
+
+def test_a_process_that_has_ended_holds_nothing_though_nobody_asked_how(tmp_path):
+    """As where the first process of a container waits for none."""
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    write_lock(
+        tmp_path / "lock", process=process.pid, started=locks.state_and_start(process.pid)[1]
+    )
+    process.stdin.close()
+
+    while locks.state_and_start(process.pid)[0] != "Z":
+        pass
+
+    with exclusive(tmp_path / "lock", refuse_to_wait):
+        pass
+
+    process.wait()
 
 
 def count_up(path: Path, counter: Path, barrier, num_turns: int) -> None:
@@ -185,6 +202,9 @@ def test_a_holder_on_this_machine_that_is_stopped_is_waited_for(tmp_path, monkey
 
 def test_who_has_lost_the_lock_can_tell(tmp_path):
     with exclusive(tmp_path / "lock", refuse_to_wait) as is_held:
+        assert is_held()
+        # Nobody has taken what was deleted.
+        (tmp_path / "lock").unlink()
         assert is_held()
         write_lock(tmp_path / "lock")
         assert not is_held()
