@@ -347,6 +347,480 @@ def test_epoch_of_no_whole_number_of_updates(pre_train, small, folders, capsys):
 def test_accumulation_and_batch_size_are_one_product(pre_train, small, folders):
     """The same samples in larger batches: the same loss up to rounding."""
     left, right = folders
+    pre_train.main(small("--dropout=0", out=left))
+    pre_train.main(
+        small("--dropout=0", "--batch_size=4", "--gradient_accumulation_steps=1", out=right)
+    )
+
+    for row, other in zip(rows(left), rows(right), strict=True):
+        assert float(row["train_loss"]) == pytest.approx(float(other["train_loss"]), rel=1e-4)
+
+
+def test_activation_checkpointing_gives_the_same_run(pre_train, small, folders):
+    left, right = folders
+    pre_train.main(small("--dropout=0.1", out=left))
+    pre_train.main(small("--dropout=0.1", "--activation_checkpointing", out=right))
+
+    assert_same_run(left / "checkpoint.pt", right / "checkpoint.pt")
+
+
+def test_nothing_to_do(pre_train, small, tmp_path, capsys):
+    pre_train.main(small())
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    capsys.readouterr()
+
+    assert pre_train.main(small("--resume")) == 0
+    assert "Nothing to do: all 3 epochs are done" in capsys.readouterr().out
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
+def test_resumed_run_can_go_on_for_longer_with_another_rate(pre_train, small, tmp_path, capsys):
+    pre_train.main(small())
+    assert pre_train.main(small("--resume", "--num_epochs=4", "--learning_rate=0.001")) == 0
+
+    output = capsys.readouterr().out
+    assert "Changed: learning_rate 0.0005 (saved) and 0.001 (given)" in output
+    assert "Changed: num_epochs 3 (saved) and 4 (given)" in output
+    assert read(tmp_path / "checkpoint.pt")["position"] == 12
+
+
+def test_changed_flags_take_effect_on_resume(pre_train, small, tmp_path):
+    pre_train.main(small("--num_epochs=1"))
+    flags = ["--resume", "--num_epochs=2", "--weight_decay=0.7", "--precision=fp16"]
+    pre_train.main(small(*flags))
+    state = read(tmp_path / "checkpoint.pt")
+    groups = [group for each in state["optimizer"] for group in each["param_groups"]]
+
+    assert [group["weight_decay"] for group in groups] == [0.7, 0.0, 0.0]
+    assert state["precision"] == "fp16"
+    assert state["scaler"]["scale"] > 0
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--embedding_dimensions=32", r"embedding_dimensions 16 (saved) and 32 (given)"),
+        ("--block_size=8", r"block_size 16 (saved) and 8 (given)"),
+        ("--batch_size=1", r"batch_size 2 (saved) and 1 (given)"),
+        ("--seed=8", r"seed 7 (saved) and 8 (given)"),
+        ("--optimizer=adamw", r"optimizer muon (saved) and adamw (given)"),
+    ],
+)
+def test_resuming_another_run_is_refused(pre_train, small, tmp_path, error_of, flag, message):
+    pre_train.main(small("--num_epochs=1"))
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    status, line = error_of(small("--resume", flag))
+
+    assert status == 1
+    assert message in line
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
+def test_resuming_with_another_tokenizer_is_refused(pre_train, small, tmp_path, error_of):
+    pre_train.main(small("--num_epochs=1"))
+    state = read(tmp_path / "checkpoint.pt")
+    save_checkpoint(tmp_path / "checkpoint.pt", {**state, "encoding": "cl100k_base"})
+    status, line = error_of(small("--resume"))
+
+    assert status == 1
+    assert "encoding cl100k_base (saved) and r50k_base (given)" in line
+
+
+def test_resuming_on_changed_data_is_refused(pre_train, small, tmp_path, error_of):
+    (tmp_path / "text").mkdir()
+    write_documents(tmp_path / "text", 60)
+    argv = small(dataset=tmp_path / "text")
+    pre_train.main([*argv, "--num_epochs=1"])
+    (tmp_path / "text" / "000.txt").write_text("something else")
+    status, line = error_of([*argv, "--resume"])
+
+    assert status == 1
+    assert "The data changed since the checkpoint was saved" in line
+
+
+@pytest.mark.parametrize("content", [None, "empty", "truncated", "weights", "adapter", "folder"])
+def test_resuming_from_what_is_no_checkpoint(pre_train, small, tmp_path, error_of, content):
+    path = tmp_path / "checkpoint.pt"
+
+    if content == "folder":
+        path.mkdir()
+    elif content is not None:
+        pre_train.main(small("--num_epochs=1"))
+        whole, state = path.read_bytes(), read(path)
+        if content == "weights":
+            save_checkpoint(path, {"format_version": 1, "model": state["model"]})
+        elif content == "adapter":
+            save_checkpoint(path, {"format_version": 1, "lora_args": {"rank": 8}})
+        else:
+            path.write_bytes(b"" if content == "empty" else whole[: len(whole) // 2])
+
+    status, line = error_of(small("--resume"))
+
+    assert status == 1
+    assert "checkpoint.pt" in line
+    assert {
+        None: "There is no checkpoint at",
+        "folder": "Is a directory",
+        "empty": "is damaged",
+        "truncated": "is damaged",
+        "weights": "it has no model_args, optimizer",
+        "adapter": "it has no model_args, model, optimizer",
+    }[content] in line
+
+
+def test_new_run_keeps_the_checkpoint_of_an_earlier_one(pre_train, small, tmp_path, capsys):
+    pre_train.main(small("--num_epochs=1"))
+    first = (tmp_path / "checkpoint.pt").read_bytes()
+    pre_train.main(small("--num_epochs=1"))
+    kept = [path for path in tmp_path.glob("checkpoint.2*.pt") if path.read_bytes() == first]
+
+    assert len(kept) == 1
+    assert str(kept[0]) in capsys.readouterr().out
+    assert len(list(tmp_path.glob("checkpoint.best.2*.pt"))) == 1
+    assert len(list(tmp_path.glob("metrics.2*.csv"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("flag", "other"), [("--checkpoint_path", "metrics.csv"), ("--metrics_path", "checkpoint.pt")]
+)
+def test_a_second_run_on_the_same_files_is_refused(
+    pre_train, small, folders, monkeypatch, error_of, flag, other
+):
+    """It is started while the first one is evaluating, which ends as if it were alone."""
+    left, right = folders
+    argv = small(out=left)
+    name = "checkpoint.pt" if flag == "--checkpoint_path" else "metrics.csv"
+    answers = []
+
+    def evaluate(self, *args):
+        if not answers:
+            answers.append(None)
+            answers[0] = error_of([*small(out=right), f"{flag}={left / name}"])
+
+        return real(self, *args)
+
+    assert pre_train.main(small(out=left)) == 0
+    (left / "checkpoint.pt").rename(left / "alone.pt")
+    real = training.Trainer.evaluate
+    monkeypatch.setattr(training.Trainer, "evaluate", evaluate)
+
+    assert pre_train.main(argv) == 0
+
+    ((status, line),) = answers
+    assert status == 1
+    assert f"Process {os.getpid()} on " in line
+    assert f"is writing {left / name};" in line
+    assert flag in line
+    assert not (right / other).exists()
+    assert_same_run(left / "alone.pt", left / "checkpoint.pt")
+    assert not [*left.glob("*.lock"), *right.glob("*.lock")]
+
+
+def test_the_files_of_a_run_that_was_killed_are_free(pre_train, small, tmp_path):
+    process = launch(small(), KILL_AT.format(2))
+    status, *_ = finish(process)
+
+    assert status == -signal.SIGKILL
+    assert json.loads((tmp_path / "checkpoint.pt.lock").read_text())["process"] == process.pid
+    assert pre_train.main(small()) == 0
+    assert not list(tmp_path.glob("*.lock"))
+
+
+def test_a_run_that_was_taken_for_dead_leaves_the_files_alone(
+    small, tmp_path, monkeypatch, error_of
+):
+    """As after an hour of sleep, in which another machine has taken them over."""
+    lock = tmp_path / "checkpoint.pt.lock"
+    theirs = json.dumps({"host": "another machine", "process": 1, "token": "theirs"})
+
+    def evaluate(self, *args):
+        lock.write_text(theirs)
+
+        return real(self, *args)
+
+    real = training.Trainer.evaluate
+    monkeypatch.setattr(training.Trainer, "evaluate", evaluate)
+    status, line = error_of(small("--checkpoint_interval=2"))
+
+    assert status == 1
+    assert "belongs to another run by now" in line
+    assert not (tmp_path / "checkpoint.pt").exists()
+    assert lock.read_text() == theirs
+
+
+def test_a_dry_run_needs_no_files_of_its_own(pre_train, small, tmp_path, monkeypatch):
+    def evaluate(self, *args):
+        assert pre_train.main(small("--dry_run")) == 0
+
+        return real(self, *args)
+
+    real = training.Trainer.evaluate
+    monkeypatch.setattr(training.Trainer, "evaluate", evaluate)
+
+    assert pre_train.main(small()) == 0
+
+
+def test_signal_during_a_dry_run(small, tmp_path):
+    patch = SIGNAL_AT.format(0, [int(signal.SIGINT)])
+    status, _, errors = finish(launch(small("--dry_run"), patch))
+
+    assert status == 130
+    assert "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_lone_text_file(pre_train, small, tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_text("\n\n".join(f"Paragraph {n} of a book. " * 20 for n in range(300)))
+
+    assert pre_train.main(small("--num_epochs=1", dataset=path)) == 0
+
+
+def test_dataset_folder_that_cannot_be_written(small, tmp_path, error_of):
+    (tmp_path / "file").write_text("")
+    status, line = error_of(small(f"--dataset_path={tmp_path / 'file' / 'dataset'}"))
+
+    assert status == 1
+    assert "file/dataset cannot be written: Not a directory. Choose another --dataset_path" in line
+
+
+@pytest.mark.parametrize("flag", ["--checkpoint_path", "--metrics_path"])
+def test_output_that_cannot_be_written_is_told_before_any_work(tmp_path, error_of, small, flag):
+    (tmp_path / "file").write_text("")
+    status, line = error_of(small(f"{flag}={tmp_path / 'file' / 'output'}", "--dataset=a/b"))
+
+    assert status == 1
+    assert "file/output cannot be written" in line
+
+
+def test_outputs_are_made_in_folders_that_are_missing(pre_train, small, tmp_path):
+    out = tmp_path / "a" / "b"
+    pre_train.main(small("--num_epochs=1", out=out))
+
+    assert {"checkpoint.pt", "metrics.csv"} <= {path.name for path in out.iterdir()}
+
+
+@pytest.mark.parametrize("num_documents", [1, 2])
+def test_too_little_text(tmp_path, small, error_of, num_documents):
+    (tmp_path / "text").mkdir()
+    write_documents(tmp_path / "text", num_documents, num_words=3)
+    status, line = error_of(small(dataset=tmp_path / "text"))
+
+    assert status == 1
+    assert "documents" in line or "tokens" in line
+
+
+def test_block_that_is_longer_than_the_data(small, error_of):
+    status, line = error_of(small("--block_size=100000"))
+
+    assert status == 1
+    assert "one sample takes 100,001; lower --block_size" in line
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def cut_in_half_a_token(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def fill_the_end_with_zeros(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100] + bytes(100))
+
+
+def swell(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + bytes(2))
+
+
+def put_in_other_ids(path: Path) -> None:
+    """Change a token to one beyond the vocabulary, with a checksum that is right."""
+    content = b"\xff\xff" + path.read_bytes()[2:]
+    path.write_bytes(content)
+    sidecar = Path(str(path).replace("-train.bin", ".json"))
+    values = json.loads(sidecar.read_text())
+    values["train"]["sha256"] = hashlib.sha256(content).hexdigest()
+    sidecar.write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (truncate, "bytes where"),
+        (cut_in_half_a_token, "bytes where"),
+        (empty, "0 bytes where"),
+        (fill_the_end_with_zeros, "is damaged"),
+        (swell, "bytes where"),
+        (put_in_other_ids, "holds token id 65535"),
+        (Path.unlink, "is missing"),
+    ],
+)
+def test_damaged_token_file_ends_the_run_before_its_first_step(
+    pre_train, small, tmp_path, error_of, damage, message
+):
+    flags = [f"--dataset_path={tmp_path / 'dataset'}"]
+    pre_train.main(small(*flags, "--num_epochs=1"))
+    saved = (tmp_path / "checkpoint.pt").read_bytes()
+    path = next((tmp_path / "dataset").glob("*-train.bin"))
+    damage(path)
+    status, line = error_of(small(*flags))
+
+    assert status == 1
+    assert path.name in line
+    assert message in line
+    assert (tmp_path / "checkpoint.pt").read_bytes() == saved
+
+
+def test_sources_are_mixed_by_weight_and_tested_apart(pre_train, small, tmp_path, capsys):
+    (tmp_path / "notes").mkdir()
+    write_documents(tmp_path / "notes", 30, num_words=100)
+    argv = small("--num_epochs=2")
+    argv[0:1] = ["--dataset", argv[0].removeprefix("--dataset="), f"{tmp_path / 'notes'}=0.25"]
+
+    assert pre_train.main(argv) == 0
+
+    checkpoint = read(tmp_path / "checkpoint.pt")
+    names = [name for name, _, _ in checkpoint["dataset"]]
+    output = capsys.readouterr().out
+
+    assert [weight for _, weight, _ in checkpoint["dataset"]] == [0.75, 0.25]
+    assert "75.00% of the samples" in output
+    assert "25.00% of the samples" in output
+
+    with open(tmp_path / "metrics.csv", newline="") as file:
+        first, last = csv.DictReader(file)
+
+    losses = [float(last[f"test_loss_{name}"]) for name in names]
+
+    assert first["test_loss"] == first[f"test_loss_{names[0]}"] == ""
+    assert float(last["test_loss"]) == pytest.approx(0.75 * losses[0] + 0.25 * losses[1])
+    assert losses[0] != losses[1]
+    assert (
+        f"test loss {float(last['test_loss']):.3f} ({names[0]} {losses[0]:.3f},"
+        f" {names[1]} {losses[1]:.3f})"
+    ) in output
+
+
+def test_dry_run_estimates_and_writes_nothing(pre_train, small, tmp_path, capsys):
+    assert pre_train.main(small("--dry_run")) == 0
+
+    output = capsys.readouterr().out
+    assert "Model:  " in output
+    assert "Memory: " in output
+    assert "tokens/s" in output
+    assert "hours in all" in output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_machine_without_a_compiler_trains(small, tmp_path):
+    env = {
+        "CXX": "/nonexistent/c++",
+        "CC": "/nonexistent/cc",
+        "PATH": "/nonexistent",
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
+    }
+    status, output, errors = finish(launch(small("--compile=True", "--num_epochs=1"), env=env))
+
+    assert status == 0, errors
+    assert "not compiled (" in output
+    assert "epoch 1/1" in output
+
+
+def test_gpu_is_taken_when_there_is_one_and_demanded_when_asked_for(small, error_of):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+
+    status, line = error_of([*small(), "--device=cuda"])
+
+    assert status == 1
+    assert "--device=cpu" in line
+
+
+def test_device_is_chosen_when_none_is_given(pre_train, small, capsys):
+    argv = [arg for arg in small("--num_epochs=1") if not arg.startswith("--device")]
+
+    assert pre_train.main(argv) == 0
+    assert f"Device: {training.resolve_device(None)}," in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("no memory"), RuntimeError("can't allocate memory: 9 GB")],
+    ids=["cuda", "cpu"],
+)
+@pytest.mark.parametrize("place", ["accumulate_gradient", "evaluate"])
+def test_out_of_memory_is_one_line(small, tmp_path, monkeypatch, error_of, place, error):
+    """Memory becomes short in the second epoch."""
+    real = getattr(training.Trainer, place)
+
+    def refuse(self, *args):
+        if self.step >= 4:
+            raise error
+
+        return real(self, *args)
+
+    monkeypatch.setattr(training.Trainer, place, refuse)
+    status, line = error_of(small())
+
+    assert status == 1
+    assert line == (
+        "error: cpu is out of memory; halve --batch_size, double --gradient_accumulation_steps,"
+        " or add --activation_checkpointing."
+    )
+    assert read(tmp_path / "checkpoint.pt")["position"] == 3
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "capacity", "advice"),
+    [
+        (4, 2, "; --batch_size=2 --gradient_accumulation_steps=4 fits"),
+        (4, 1, "; --batch_size=1 --gradient_accumulation_steps=8 fits"),
+        (6, 4, "; --batch_size=3 --gradient_accumulation_steps=4 fits"),
+        (4, 0, " with a single window; take a smaller model"),
+    ],
+)
+def test_out_of_memory_tells_what_fits(
+    pre_train, small, monkeypatch, capsys, batch_size, capacity, advice
+):
+    """What is said of a GPU, tried on the CPU at the end of a run that has tested last."""
+    forward, held, told = model.GPT.forward, [], []
+
+    def limited(self, x, *args):
+        # What an earlier try has kept is in the way of this one.
+        assert self.training
+        assert not any(kept() is not None for kept in held)
+
+        if len(x) > capacity:
+            activations = torch.zeros(1)
+            held.append(weakref.ref(activations))
+            raise RuntimeError("what a library may say of it")
+
+        return forward(self, x, *args)
+
+    def finish(self):
+        with monkeypatch.context() as context:
+            context.setattr(model.GPT, "forward", limited)
+            context.setattr(self.world, "device", SimpleNamespace(type="cuda", __str__=str))
+            context.setattr(training.Trainer, "device", torch.device("cpu"))
+            told.append(self.advise_on_memory())
+
+        return finish_saving(self)
+
+    finish_saving = session.Session.finish_saving
+    monkeypatch.setattr(session.Session, "finish_saving", finish)
+    flags = (f"--batch_size={batch_size}", f"--samples_per_epoch={2 * batch_size}")
+
+    assert pre_train.main(small(*flags, "--num_epochs=1")) == 0
+    assert f"is out of memory{advice}, or add --activation_checkpointing." in told[0]
+
+
+def test_batches_may_be_cut_otherwise_on_resume(pre_train, small, folders):
+    """As where memory ran out: the samples of an update stay the same."""
+    left, right = folders
     flags = ("--dropout=0", "--lr_schedule=constant")
     pre_train.main(small(*flags, out=left))
     pre_train.main(small(*flags, "--num_epochs=1", out=right))
