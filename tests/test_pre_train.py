@@ -200,7 +200,7 @@ def test_signal_from_outside(small, tmp_path):
 
 
 def test_second_signal_leaves_at_once(small, tmp_path):
-    patch = SIGNAL_AT.format(4, [int(signal.SIGTERM), int(signal.SIGINT)])
+    patch = SAVE_AT_ONCE + SIGNAL_AT.format(4, [int(signal.SIGTERM), int(signal.SIGINT)])
     status, output, _ = finish(launch(small(), patch))
 
     assert status == 130
