@@ -528,8 +528,8 @@ MUTATIONS = [
         "Several processes prepare at once",
         ("test_preparation", "several_processes_at_once"),
         "locks.py",
-        '        with open(path, "x") as file:',
-        '        with open(path, "w") as file:',
+        '        file = open(path, "x")',
+        '        file = open(path, "w")',
         "all of them write the same files",
     ),
     Mutation(
@@ -589,11 +589,7 @@ def main() -> None:
             continue
 
         bites = attempt(mutation)
-        line = (
-            f"| {mutation.number} | {mutation.fault} | `{mutation.test[0]}.py -k"
-            f' "{mutation.test[1]}"` | `{first_line(mutation.guard)}` in'
-            f" {mutation.file} | {mutation.outcome} |"
-        )
+        line = line_of(mutation)
         lines.append(line)
         print(line if bites else f"SURVIVES {line}", flush=True)
 
@@ -608,8 +604,15 @@ def main() -> None:
     sys.exit(f"survive: {survivors}" if survivors else 0)
 
 
-def first_line(guard: str) -> str:
-    return guard.strip().splitlines()[0].strip().replace("|", "\\|")
+def line_of(mutation: Mutation) -> str:
+    """Return a mutation's line of the table."""
+    number, fault, (name, expression), file, guard, _, outcome = mutation
+    first_line = guard.strip().splitlines()[0].strip().replace("|", "\\|")
+
+    return (
+        f'| {number} | {fault} | `{name}.py -k "{expression}"` | `{first_line}` in {file}'
+        f" | {outcome} |"
+    )
 
 
 def attempt(mutation: Mutation) -> bool:
