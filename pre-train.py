@@ -323,7 +323,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def check_arguments(args: Namespace) -> list[tuple[Source, float | None]]:
     """Return the sources with their weights; raise ValueError where values do not fit together."""
-    check_sizes(args.embedding_dimensions, args.num_attention_heads)
+    try:
+        check_sizes(args.embedding_dimensions, args.num_attention_heads)
+    except ValueError as error:
+        raise ValueError(f"--embedding_dimensions: {error}") from None
 
     if args.samples_per_epoch < samples_per_step(args):
         raise ValueError(

@@ -211,7 +211,7 @@ MUTATIONS = [
     Mutation(
         20,
         "Code in a checkpoint or an adapter",
-        ("test_checkpoint", "never_run"),
+        ("test_endurance", "no_payload"),
         "checkpoint.py",
         "weights_only=True",
         "weights_only=False",

@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import NUM_ROWS, SAVE_AT_ONCE, assert_same_run
+from conftest import NUM_ROWS, assert_same_run
 from test_checkpoint import claim, files_in
 from test_fuzz import with_right_checksum
+from test_pre_train import KILL_AT
 
 import checkpoint
 from checkpoint import (
@@ -202,13 +203,7 @@ def test_killed_and_resumed_to_the_same_bits(
     assert whole["position"] == 4 * updates
 
     for number, step in enumerate(KILLED_AT[place](updates)):
-        patch = f"""{SAVE_AT_ONCE}
-take_step = training.Trainer.take_step
-def killed(self, *args):
-    if self.step == {step}: os.kill(os.getpid(), signal.SIGKILL)
-    return take_step(self, *args)
-training.Trainer.take_step = killed
-"""
+        patch = KILL_AT.format(step)
         group = start(tmp_path / "killed", *(["--resume"] if number else []), patch=patch)
         assert group.wait() == [-signal.SIGKILL] * size
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import assert_same_run, finish, launch
 from hub_server import parquet_rows, serve
+from test_endurance import Payload
 from test_pre_train import KILL_AT, SIGNAL_AT, read
 
 from checkpoint import build_model, load_checkpoint, save_checkpoint
@@ -219,19 +220,10 @@ def test_what_is_no_adapter_cannot_be_resumed(fine_tune, small, base_path, tmp_p
     assert "it has no lora_args, lora, base, base_test_loss" in error
 
 
-class Payload:
-    """Runs a command when it is unpickled."""
-
-    def __init__(self, mark: Path):
-        self.mark = mark
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.mark}",)
-
-
 def test_code_in_an_adapter_is_not_run(fine_tune, small, tmp_path, error_of):
     """Its checksum is right, so it is the loader that has to refuse it."""
-    save_checkpoint(tmp_path / "lora.pt", {"format_version": 1, "lora": Payload(tmp_path / "mark")})
+    payload = Payload(os.system, f"touch {tmp_path / 'mark'}")
+    save_checkpoint(tmp_path / "lora.pt", {"format_version": 1, "lora": payload})
     status, error = error_of([*small(), "--resume"], fine_tune)
 
     assert status == 1
