@@ -8,7 +8,6 @@ import contextlib
 import errno
 import hashlib
 import io
-import math
 import os
 import shutil
 import struct
@@ -21,12 +20,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from devices import available_memory, num_bytes
 from locks import exclusive
 from lora import merge_lora
 from model import GPT
 from tokenizer import ENCODING
 
 FORMAT_VERSION = 1
+# What a checkpoint has to hold for its model to be built.
+MODEL_KEYS = ("model_args", "model", "encoding")
 
 ZIP_MAGIC = b"PK\x03\x04"
 # The last two bytes of a zip archive without a comment say that the comment has no bytes.
@@ -98,16 +100,6 @@ class CheckpointWriter:
             pending.result()
 
 
-def num_bytes(value) -> int:
-    """Return the size of all tensors in containers of them."""
-    if isinstance(value, Tensor):
-        return value.nbytes
-
-    parts = value.values() if isinstance(value, dict) else value
-
-    return sum(map(num_bytes, parts)) if isinstance(value, dict | list | tuple) else 0
-
-
 def copy_to_cpu(value):
     """Return a copy of containers of tensors that later steps do not change."""
     if isinstance(value, Tensor):
@@ -120,39 +112,6 @@ def copy_to_cpu(value):
         return type(value)(map(copy_to_cpu, value))
 
     return value
-
-
-def available_memory() -> float:
-    """Return the bytes that this process can still have, as far as Linux tells; else no limit."""
-    limits = [math.inf]
-
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        limits.append(1024 * next(int(line.split()[1]) for line in lines if "MemAvail" in line))
-
-    for folder in control_groups():
-        with contextlib.suppress(OSError, ValueError, StopIteration):
-            limit, used = (int((folder / f"memory.{n}").read_text()) for n in ("max", "current"))
-            lines = (folder / "memory.stat").read_text().splitlines()
-            # Files that were read or written lately are given up when it gets tight.
-            cached = next(int(line.split()[1]) for line in lines if "inactive_file" in line)
-            limits.append(limit - used + cached)
-
-    return min(limits)
-
-
-def control_groups() -> list[Path]:
-    """Return what may limit the memory of this process on Linux: its group and those around it."""
-    root = Path("/sys/fs/cgroup")
-
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            if line.startswith("0::/"):
-                group = root / line.removeprefix("0::/")
-
-                return [folder for folder in (group, *group.parents) if folder.is_relative_to(root)]
-
-    return [root]
 
 
 def previous_path(path: Path) -> Path:
@@ -423,11 +382,12 @@ def verify_checksum(path: Path) -> None:
             raise CheckpointError(f"{path} is damaged, or not of this project.{hint}")
 
 
-def build_model(state: dict, path: Path) -> GPT:
+def build_model(state: dict, path: Path, block_size: int | None = None) -> GPT:
     """Build the network of a checkpoint, with its weights.
 
     Args:
         state: what load_checkpoint has read from path.
+        block_size: of a network that is to read shorter texts, by the first of its positions.
 
     Raises:
         CheckpointError: when it belongs to another tokenizer, or makes no model.
@@ -441,6 +401,7 @@ def build_model(state: dict, path: Path) -> GPT:
             model = GPT(**state["model_args"])
 
         model.load_state_dict(state["model"], assign=True)
+        model.crop(block_size or model.block_size)
     except (TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"{path} makes no model: {' '.join(str(error).split())[:200]}"
@@ -449,6 +410,11 @@ def build_model(state: dict, path: Path) -> GPT:
     check_finite(state["model"], path)
 
     return model
+
+
+def load_model(path: Path, block_size: int | None = None) -> GPT:
+    """Read the network of a checkpoint, as load_checkpoint and build_model do."""
+    return build_model(load_checkpoint(path, MODEL_KEYS), path, block_size)
 
 
 def check_finite(weights: dict[str, Tensor], path: Path) -> None:

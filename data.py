@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from instructions import Example
-from tokenizer import END_OF_TEXT, TOKEN_TYPE, DataError
+from tokenizer import END_OF_TEXT, TOKEN_TYPE, DataError, token_sizes
 
 # The target of a position without loss; the value that torch's cross entropy ignores.
 IGNORE_INDEX = -100
@@ -221,13 +221,16 @@ def split_windows(windows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
 class EvaluationWindows:
     """Fixed, evenly spaced windows of a test split: the same ones at every evaluation.
 
+    Args:
+        max_windows: how many there are at most; None takes all, side by side.
+
     Raises:
         DataError: when not even one window fits.
     """
 
     MAX_WINDOWS = 256
 
-    def __init__(self, tokens: np.ndarray, block_size: int):
+    def __init__(self, tokens: np.ndarray, block_size: int, max_windows: int | None = MAX_WINDOWS):
         available = (len(tokens) - 1) // block_size
 
         if available < 1:
@@ -239,11 +242,26 @@ class EvaluationWindows:
         self.tokens = tokens
         self.block_size = block_size
         self.starts = np.linspace(
-            0, (available - 1) * block_size, min(available, self.MAX_WINDOWS), dtype=np.int64
+            0,
+            (available - 1) * block_size,
+            min(available, max_windows or available),
+            dtype=np.int64,
         )
 
     def __len__(self) -> int:
         return len(self.starts)
+
+    @property
+    def num_targets(self) -> int:
+        return len(self) * self.block_size
+
+    @property
+    def num_bytes(self) -> int:
+        """The bytes of text, in UTF-8, that the targets stand for."""
+        return sum(
+            int(token_sizes()[self.tokens[start + 1 : start + self.block_size + 1]].sum())
+            for start in self.starts
+        )
 
     def batches(self, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield all windows as inputs and targets, int64 (B, T); the last batch may be smaller."""

@@ -385,6 +385,11 @@ def is_spread(value: object) -> bool:
     return hasattr(value, "full_tensor")
 
 
+def own_part(tensor: Tensor) -> Tensor:
+    """Return what this process has of a tensor."""
+    return tensor.to_local() if is_spread(tensor) else tensor
+
+
 def whole(value):
     """Put together what is spread over processes, in tensors or containers of them.
 
@@ -425,6 +430,4 @@ def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
 
 def are_finite(tensors: Iterable[Tensor]) -> bool:
     """Tell whether this process's parts of tensors hold finite numbers alone."""
-    parts = [tensor.to_local() if is_spread(tensor) else tensor for tensor in tensors]
-
-    return all(torch.stack([part.isfinite().all() for part in parts]).tolist())
+    return all(torch.stack([own_part(tensor).isfinite().all() for tensor in tensors]).tolist())

@@ -25,8 +25,16 @@ from arguments import (
     positive_float,
     positive_int,
 )
-from checkpoint import CheckpointWriter, build_model, check_base, fingerprint, load_checkpoint
+from checkpoint import (
+    MODEL_KEYS,
+    CheckpointWriter,
+    build_model,
+    check_base,
+    fingerprint,
+    load_checkpoint,
+)
 from data import InstructionBatches, ordered_batches
+from devices import PRECISIONS, compile_model, product_format, sum_of_rates
 from distributed import World
 from lora import add_lora, check_rank, lora_state_dict
 from model import GPT
@@ -44,16 +52,7 @@ from session import (
     run_script,
     written_by,
 )
-from training import (
-    PRECISIONS,
-    Step,
-    Trainer,
-    compile_model,
-    load_share,
-    load_weights,
-    product_format,
-    sum_of_rates,
-)
+from training import Step, Trainer, load_share, load_weights
 
 PRESETS = {
     "tiny": {
@@ -220,7 +219,7 @@ def check_arguments(args: Namespace) -> RowSource:
 def run(args: Namespace, source: RowSource, world: World, writer: CheckpointWriter) -> int:
     checkpoint = begin(args, world, ("lora_args", "lora", "base", "base_test_loss"))
     base_path = Path(args.base_model_path)
-    base = load_checkpoint(base_path, ("model_args", "model", "encoding"))
+    base = load_checkpoint(base_path, MODEL_KEYS)
 
     if checkpoint:
         check_resumable(args, checkpoint, checkpoint["lora_args"], settings(args), FREE_FLAGS)

@@ -103,8 +103,8 @@ def main(argv: list[str] | None = None) -> int:
 
     # Only now, so that a wrong flag is answered at once.
     from checkpoint import CheckpointError
+    from devices import DeviceError, is_out_of_memory, resolve_device
     from tokenizer import DataError
-    from training import TrainingError, is_out_of_memory, resolve_device
 
     speaker = None
 
@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
         answer_all(args, speaker)
     except ValueError as error:
         return fail(error, status=2)
-    except (CheckpointError, DataError, TrainingError, OSError) as error:
+    except (CheckpointError, DataError, DeviceError, OSError) as error:
         if isinstance(error, BrokenPipeError):
             # Who read has left; what Python still holds for it goes nowhere.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def advise_on_memory(error: Exception, speaker: "Speaker | None", device) -> str:
     """Say what fits where memory has run out."""
-    from training import release
+    from devices import release
 
     release(error)
     # A system that runs out of memory ends the process that tries.
@@ -159,8 +159,8 @@ class Speaker:
     """
 
     def __init__(self, args: Namespace, device, needs_lora: bool):
-        from checkpoint import build_model, load_checkpoint
-        from training import PRECISIONS, resolve_precision
+        from checkpoint import load_model
+        from devices import PRECISIONS, resolve_precision
 
         self.args = args
         self.device = device
@@ -168,7 +168,7 @@ class Speaker:
         self.num_answers = 0
 
         path, lora_path = Path(args.checkpoint_path), Path(args.lora_path)
-        model = build_model(load_checkpoint(path, ("model_args", "model", "encoding")), path)
+        model = load_model(path)
         self.is_tuned = bool(args.lora_path) and add_adapter(model, lora_path, needs_lora)
 
         precision = resolve_precision(device) if args.precision == "auto" else args.precision
@@ -211,8 +211,8 @@ class Speaker:
         """Return a lower number of texts that memory holds, found by trying; None without any."""
         import torch
 
+        from devices import first_that_fits
         from model import Sampler, generate
-        from training import first_that_fits
 
         def attempt(number: int) -> None:
             # From almost at the end of the context to beyond it.

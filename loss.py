@@ -156,6 +156,21 @@ def size_of_chunk(z: Tensor) -> int:
     return math.ceil(num_rows / num_chunks) if num_rows else 1
 
 
+def output_memory(weight: Tensor, num_positions: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Return the bytes of the gradient of an output layer (V, D), and of what it takes to make it.
+
+    Args:
+        dtype: the format of the matrix products.
+    """
+    gradient = 4 * weight.numel()
+    states = weight.new_empty(num_positions, weight.size(1), dtype=dtype)
+    logits = size_of_chunk(states) * len(weight) * dtype.itemsize
+    # Of the weights, and of what a chunk adds to their gradient.
+    copies = 0 if dtype == torch.float32 else 2 * weight.numel() * dtype.itemsize
+
+    return gradient, logits + copies
+
+
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Add left @ right to a float32 total; without a copy when the factors are float32 too."""
     if left.dtype == total.dtype:

@@ -7,6 +7,8 @@ heads, K = D / H.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -114,6 +116,18 @@ class GPT(nn.Module):
 
         return product(z, weight)[..., : self.vocabulary_size]
 
+    @classmethod
+    def load(cls, path: str | PathLike, device: str = "cpu") -> "GPT":
+        """Read the model of a checkpoint, ready to predict and to generate.
+
+        Raises:
+            CheckpointError: when there is none at path, or it is damaged.
+        """
+        # What reads files knows the model, not the other way round.
+        from checkpoint import load_model
+
+        return load_model(Path(path)).to(device).eval()
+
     @torch.no_grad()
     def initialize(self) -> None:
         """Draw all weights from N(0, 0.02), those that write to the residual stream smaller.
@@ -133,6 +147,12 @@ class GPT(nn.Module):
                 projection.weight.div_(math.sqrt(2 * len(self.blocks)))
 
         self.token_embeddings.weight[self.vocabulary_size :].zero_()
+
+    def crop(self, block_size: int) -> None:
+        """Shorten the context: the positions beyond block_size are given up."""
+        positions = self.position_embeddings
+        positions.weight = nn.Parameter(positions.weight[:block_size].detach())
+        self.block_size = positions.num_embeddings = len(positions.weight)
 
     def compile(self, **kwargs) -> None:
         """Compile the blocks and the loss in place, with the arguments of torch.compile.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from distributed import World, spread_like, whole
+from distributed import World, own_part, spread_like, whole
 
 
 class Optimizers:
@@ -99,6 +99,14 @@ class Optimizers:
     def zero_grad(self) -> None:
         for part in self.parts:
             part.zero_grad(set_to_none=True)
+
+    @property
+    def num_bytes(self) -> int:
+        """The size of the state that this process keeps."""
+        states = [getattr(part, "optim", part).state for part in self.parts]
+        tensors = [t for state in states for values in state.values() for t in values.values()]
+
+        return sum(own_part(tensor).nbytes for tensor in tensors)
 
     def state_dict(self) -> list[dict]:
         """Return the state of all weights as torch's optimizers do, complete on the first process.

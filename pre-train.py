@@ -9,7 +9,6 @@ import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from arguments import (
     Parser,
+    UsageError,
     add_batches,
     add_device,
     add_flag,
@@ -29,35 +29,33 @@ from arguments import (
     positive_float,
     positive_int,
 )
-from checkpoint import CheckpointWriter
-from data import EvaluationWindows, SampleStream, resolve_weights
+from checkpoint import MODEL_KEYS, CheckpointWriter, build_model, load_checkpoint
+from corpus import Corpus, Sources, gather, open_datasets, parse_sources, report_losses
+from devices import compile_model, peak_memory, product_format, sum_of_rates
 from distributed import World
 from model import GPT, check_sizes
 from optimizers import Optimizers, Schedule
-from preparation import Source, load_or_prepare, parse_source
+from planning import describe_plan, make_plan
 from session import (
     Session,
     begin,
     check_paths,
     check_resumable,
     check_same_data,
+    choose_precision,
     describe_device,
     describe_resume,
     is_finished,
     run_script,
+    written_by,
 )
 from token_files import TokenDataset
 from tokenizer import VOCABULARY_SIZE
 from training import (
     Step,
     Trainer,
-    compile_model,
     load_share,
     load_weights,
-    peak_memory,
-    product_format,
-    sum_of_rates,
-    time_steps,
 )
 
 # Sizes of GPT-2 (Radford et al. 2019, table 2), and one that learns on a laptop while you watch.
@@ -90,6 +88,8 @@ PRESETS = {
     "gpt2-xl": {"embedding_dimensions": 1600, "num_attention_heads": 25, "num_hidden_layers": 48},
 }
 
+SIZES = ("block_size", "embedding_dimensions", "num_attention_heads", "num_hidden_layers")
+
 # What decides which samples come next, and so has to stay when a run is resumed.
 FIXED_FLAGS = (
     "batch_size",
@@ -109,29 +109,6 @@ FREE_FLAGS = (
     "precision",
     "num_epochs",
 )
-
-
-@dataclass
-class Data:
-    """The opened sources: what to train on, what to test on, and by which they are known."""
-
-    datasets: list[TokenDataset]
-    stream: SampleStream
-    tests: dict[str, EvaluationWindows]
-
-    @property
-    def fingerprint(self) -> list[list]:
-        """Name, weight and checksum of every source, by which a resumed run knows its data."""
-        return [
-            [dataset.name, weight, dataset.fingerprint]
-            for dataset, weight in zip(self.datasets, self.stream.shares, strict=True)
-        ]
-
-    def mean_loss(self, losses: dict[str, float]) -> float:
-        """Return the mean of the sources' losses by their weights."""
-        pairs = zip(self.stream.shares, self.datasets, strict=True)
-
-        return sum(weight * losses[dataset.name] for weight, dataset in pairs)
 
 
 def build_parser() -> Parser:
@@ -178,6 +155,11 @@ def add_model_arguments(parser: Parser) -> None:
         "--preset",
         choices=list(PRESETS),
         help="Named defaults that single flags still override.",
+    )
+    add(
+        "--initial_checkpoint",
+        help="The path to a checkpoint whose weights the run begins with; sizes that are not given"
+        " are those of its model.",
     )
     add(
         "--block_size",
@@ -315,13 +297,26 @@ def add_run_arguments(parser: Parser) -> None:
         "Print parameters, memory, data, speed and the time that the whole run would take,"
         " then stop.",
     )
+    add_flag(
+        add,
+        "--eval_only",
+        False,
+        "Print how well the checkpoint predicts the dataset: loss, perplexity and bits per byte,"
+        " then stop.",
+    )
+    add(
+        "--eval_split",
+        choices=["test", "all"],
+        default="test",
+        help="What --eval_only reads of each source: what is held back to test on, or all of it.",
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
     return run_script(build_parser(), PRESETS, argv, check_arguments, run)
 
 
-def check_arguments(args: Namespace) -> list[tuple[Source, float | None]]:
+def check_arguments(args: Namespace) -> Sources:
     """Return the sources with their weights; raise ValueError where values do not fit together."""
     try:
         check_sizes(args.embedding_dimensions, args.num_attention_heads)
@@ -336,6 +331,7 @@ def check_arguments(args: Namespace) -> list[tuple[Source, float | None]]:
         )
 
     check_paths(args)
+    check_modes(args)
 
     if args.min_learning_rate > args.learning_rate:
         raise ValueError(
@@ -343,31 +339,47 @@ def check_arguments(args: Namespace) -> list[tuple[Source, float | None]]:
             f" --learning_rate {args.learning_rate}"
         )
 
-    try:
-        # What a run writes below a folder of text is none of it.
-        written = (
-            Path(args.dataset_path),
-            Path(args.checkpoint_path).resolve().parent,
-            Path(args.metrics_path).resolve().parent,
-        )
-        sources = [parse_source(value, written) for value in args.dataset]
-        resolve_weights([weight for _, weight in sources], [1] * len(sources))
-    except ValueError as error:
-        raise ValueError(f"--dataset: {error}") from None
+    # What a run writes below a folder of text is none of it.
+    outputs = [Path(path).resolve().parent for path in (args.checkpoint_path, args.metrics_path)]
 
-    if len({source.name for source, _ in sources}) < len(sources):
-        raise ValueError("--dataset: a source is named twice")
+    return parse_sources(args.dataset, (Path(args.dataset_path), *outputs))
 
-    return sources
+
+def check_modes(args: Namespace) -> None:
+    """Raise ValueError where flags name two things to do, or a file to be read and written over."""
+    modes = [f"--{name}" for name in ("eval_only", "dry_run", "resume") if getattr(args, name)]
+
+    if args.eval_only and len(modes) > 1:
+        raise ValueError(f"{' and '.join(modes)}: give one of them")
+
+    if (initial := args.initial_checkpoint) and not args.resume:
+        if args.eval_only:
+            raise ValueError("--initial_checkpoint: --eval_only reads --checkpoint_path")
+
+        if Path(initial).resolve() in written_by(args.checkpoint_path):
+            raise ValueError(
+                f"--initial_checkpoint: {initial} would be moved aside; choose another"
+                " --checkpoint_path for the new run"
+            )
 
 
 def run(
     args: Namespace,
-    sources: list[tuple[Source, float | None]],
+    sources: Sources,
     world: World,
     writer: CheckpointWriter,
 ) -> int:
+    if args.eval_only:
+        return evaluate(args, sources, world)
+
+    args.bias = False
+    is_chosen = args.precision == "auto"
     checkpoint = begin(args, world, ("model_args", "model"), args.dry_run)
+
+    if checkpoint:
+        args.bias = checkpoint["model_args"]["bias"]
+
+    initial = read_initial_weights(args, checkpoint)
 
     if checkpoint:
         saved, wanted = checkpoint["model_args"], {**settings(args), **model_args(args)}
@@ -380,22 +392,27 @@ def run(
     if is_finished(args, checkpoint):
         return 0
 
-    data = open_data(args, sources, world)
+    corpus = gather(open_all(args, sources, world), sources, args.block_size, args.seed)
+    libraries = peak_memory(world.device)
     trainer = build_trainer(args, world)
 
+    if initial:
+        load_weights(trainer.model.state_dict(), initial)
+        print(f"Begin:  with the weights of {args.initial_checkpoint}")
+
     if checkpoint:
-        check_same_data(data.fingerprint, checkpoint["dataset"])
+        check_same_data(corpus.fingerprint, checkpoint["dataset"])
         load_weights(trainer.model.state_dict(), checkpoint["model"])
         trainer.load_state_dict(checkpoint)
         checkpoint.clear()
 
     compiled = compile_model(trainer.model, world.device) if args.compile else "not compiled"
-    describe(args, trainer, data, compiled)
+    describe(args, trainer, corpus, compiled)
 
     if args.dry_run:
-        return estimate(args, trainer, data)
+        return estimate(args, trainer, corpus, libraries, is_chosen)
 
-    status = build_session(args, trainer, data, writer).run()
+    status = build_session(args, trainer, corpus, writer).run()
 
     if status == 0:
         conclude(args, trainer)
@@ -403,52 +420,77 @@ def run(
     return status
 
 
+def read_initial_weights(args: Namespace, checkpoint: dict) -> dict[str, Tensor]:
+    """Return the weights that a new run begins with, by name; empty where they are to be drawn.
+
+    Sizes that were not given become those of their model.
+
+    Args:
+        checkpoint: what a resumed run goes on from.
+
+    Raises:
+        CheckpointError: when they cannot be read.
+        UsageError: when other sizes were given.
+    """
+    if not args.initial_checkpoint:
+        return {}
+
+    path = Path(args.initial_checkpoint)
+
+    if checkpoint:
+        adopt_sizes(args, checkpoint["model_args"], path)
+        return {}
+
+    state = load_checkpoint(path, MODEL_KEYS)
+    adopt_sizes(args, state["model_args"], path)
+
+    return build_model(state, path, args.block_size).state_dict()
+
+
+def adopt_sizes(args: Namespace, model_args: dict, path: Path) -> None:
+    """Put the sizes of a model into the arguments; raise UsageError where others were given."""
+    args.bias = model_args["bias"]
+
+    for flag in SIZES:
+        size, wanted = model_args[flag], getattr(args, flag)
+        is_part = flag == "block_size" and wanted < size
+
+        if flag in args.given and wanted != size and not is_part:
+            raise UsageError(f"--{flag}: {wanted} given, {path} has {size}")
+
+        if flag not in args.given:
+            setattr(args, flag, size)
+
+
 def build_session(
-    args: Namespace, trainer: Trainer, data: Data, writer: CheckpointWriter
+    args: Namespace, trainer: Trainer, corpus: Corpus, writer: CheckpointWriter
 ) -> Session:
     def content() -> dict:
         return {
             "model_args": model_args(args),
             "model": trainer.model.state_dict(),
-            "dataset": data.fingerprint,
+            "dataset": corpus.fingerprint,
             "settings": settings(args),
         }
 
     return Session(
         args,
         trainer,
-        step_loader(args, data, trainer.world),
+        step_loader(args, corpus, trainer.world),
         steps_per_epoch(args),
         trainer.model.flops_per_token(args.block_size),
         {
             name: functools.partial(windows.batches, args.batch_size)
-            for name, windows in data.tests.items()
+            for name, windows in corpus.tests.items()
         },
-        data.mean_loss,
+        corpus.mean_loss,
         content,
         writer,
     )
 
 
-def open_data(args: Namespace, sources: list[tuple[Source, float | None]], world: World) -> Data:
-    """Open the token files of all sources, after preparing those that are not there."""
-    with world.one_per_machine_first():
-        datasets = [
-            load_or_prepare(source, Path(args.dataset_path), args.num_dataset_processes)
-            for source, _ in sources
-        ]
-
-    trains = [dataset.train for dataset in datasets]
-    weights = resolve_weights([weight for _, weight in sources], [len(t) for t in trains])
-
-    data = Data(
-        datasets,
-        SampleStream(trains, weights, args.block_size, args.seed),
-        {data.name: EvaluationWindows(data.test, args.block_size) for data in datasets},
-    )
-    world.check_same("The data", data.fingerprint)
-
-    return data
+def open_all(args: Namespace, sources: Sources, world: World) -> list[TokenDataset]:
+    return open_datasets(sources, Path(args.dataset_path), args.num_dataset_processes, world)
 
 
 def build_trainer(args: Namespace, world: World) -> Trainer:
@@ -479,11 +521,11 @@ def build_trainer(args: Namespace, world: World) -> Trainer:
     )
 
 
-def step_loader(args: Namespace, data: Data, world: World) -> Callable[[int], Step]:
+def step_loader(args: Namespace, corpus: Corpus, world: World) -> Callable[[int], Step]:
     """Return a function that reads this process's micro-batches of an update by its number."""
 
     def load(number: int) -> tuple[Tensor, Tensor]:
-        return data.stream.batch(number * args.batch_size, args.batch_size)
+        return corpus.stream.batch(number * args.batch_size, args.batch_size)
 
     def load_step(step: int) -> Step:
         first = step * args.gradient_accumulation_steps
@@ -526,7 +568,7 @@ def model_args(args: Namespace) -> dict:
         "embedding_dimensions": args.embedding_dimensions,
         "num_attention_heads": args.num_attention_heads,
         "num_hidden_layers": args.num_hidden_layers,
-        "bias": False,
+        "bias": args.bias,
     }
 
 
@@ -534,27 +576,16 @@ def settings(args: Namespace) -> dict:
     return {flag: getattr(args, flag) for flag in FIXED_FLAGS + FREE_FLAGS}
 
 
-def describe(args: Namespace, trainer: Trainer, data: Data, compiled: str) -> None:
+def describe(args: Namespace, trainer: Trainer, corpus: Corpus, compiled: str) -> None:
     """Print what is about to run, and what was chosen for it."""
     tokens = args.num_epochs * steps_per_epoch(args) * tokens_per_step(args)
-    available = sum(len(dataset.train) for dataset in data.datasets)
 
-    for dataset, weight in zip(data.datasets, data.stream.shares, strict=True):
-        share = f", {weight:.2%} of the samples" if weight < 1 else ""
-        print(
-            f"Data:   {dataset.name}, {len(dataset.train):,} tokens, {len(dataset.test):,} to"
-            f" test{share}"
-        )
-
-    print(
-        f"Model:  {trainer.model.num_parameters:,} parameters, {args.num_hidden_layers} layers,"
-        f" {args.num_attention_heads} heads, {args.embedding_dimensions} dimensions,"
-        f" context {args.block_size}"
-    )
+    corpus.describe()
+    describe_model(args, trainer)
     describe_device(args, trainer, compiled)
     print(
         f"Run:    {args.num_epochs} epochs of {steps_per_epoch(args)} updates of"
-        f" {tokens_per_step(args):,} tokens, {tokens / available:.2f} passes over the data,"
+        f" {tokens_per_step(args):,} tokens, {tokens / corpus.num_tokens:.2f} passes over the data,"
         f" --seed={trainer.seed}"
     )
 
@@ -563,16 +594,54 @@ def describe(args: Namespace, trainer: Trainer, data: Data, compiled: str) -> No
     describe_resume(trainer)
 
 
-def estimate(args: Namespace, trainer: Trainer, data: Data) -> int:
-    """Time a few micro-batches and print what the whole run would take."""
-    seconds = time_steps(trainer, step_loader(args, data, trainer.world))
-    num_steps = args.num_epochs * steps_per_epoch(args) - trainer.step
-    rate = tokens_per_step(args) / seconds
-    utilization = rate * trainer.model.flops_per_token(args.block_size) / trainer.peak_rate
+def describe_model(args: Namespace, trainer: Trainer) -> None:
+    print(
+        f"Model:  {trainer.model.num_parameters:,} parameters, {args.num_hidden_layers} layers,"
+        f" {args.num_attention_heads} heads, {args.embedding_dimensions} dimensions,"
+        f" context {args.block_size}"
+    )
 
-    print(f"Memory: {peak_memory(trainer.device) / 1e9:.2f} GB at the peak of an update")
-    print(f"Speed:  {rate:,.0f} tokens/s, {utilization:.0%} of the matrix products' rate")
-    print(f"Time:   {seconds:.2f} s an update, {num_steps * seconds / 3600:,.2f} hours in all")
+
+def estimate(
+    args: Namespace, trainer: Trainer, corpus: Corpus, libraries: int, is_chosen: bool
+) -> int:
+    """Take a few updates, and print what the whole run would take."""
+    num_updates = args.num_epochs * steps_per_epoch(args) - trainer.step
+    tests = [windows.batches(args.batch_size) for windows in corpus.tests.values()]
+    plan = make_plan(trainer, step_loader(args, corpus, trainer.world), next(tests[0]), libraries)
+    epochs = range(len(trainer.metrics) + 1, args.num_epochs + 1)
+    num_tests = sum(e % args.eval_interval == 0 or e == args.num_epochs for e in epochs)
+    num_batches = sum(math.ceil(len(each) / args.batch_size) for each in corpus.tests.values())
+
+    describe_plan(
+        plan,
+        trainer,
+        is_chosen,
+        args.batch_size,
+        tokens_per_step(args),
+        num_updates,
+        num_tests * math.ceil(num_batches / trainer.world.size),
+    )
+
+    return 0
+
+
+def evaluate(args: Namespace, sources: Sources, world: World) -> int:
+    """Print how well a checkpoint predicts text."""
+    path = Path(args.checkpoint_path)
+    state = load_checkpoint(path, MODEL_KEYS)
+    adopt_sizes(args, state["model_args"], path)
+    args.seed = 0
+
+    if args.precision == "auto":
+        args.precision = choose_precision(world)
+
+    trainer = build_trainer(args, world)
+    load_weights(trainer.model.state_dict(), build_model(state, path, args.block_size).state_dict())
+    datasets = open_all(args, sources, world)
+    describe_model(args, trainer)
+    describe_device(args, trainer, "not compiled")
+    report_losses(trainer, datasets, args.batch_size, args.eval_split == "all")
 
     return 0
 

@@ -31,10 +31,19 @@ from checkpoint import (
     set_aside,
     temporary_path,
 )
+from devices import (
+    PRECISIONS,
+    DeviceError,
+    is_out_of_memory,
+    own_device,
+    release,
+    resolve_device,
+    resolve_precision,
+    tune_memory,
+)
 from distributed import LostProcessError, NoAnswerError, ProcessError, World, whole
 from tokenizer import ENCODING, DataError
 from training import (
-    PRECISIONS,
     Interrupted,
     MetricsFile,
     Step,
@@ -42,12 +51,6 @@ from training import (
     Trainer,
     TrainingError,
     describe_row,
-    is_out_of_memory,
-    own_device,
-    release,
-    resolve_device,
-    resolve_precision,
-    tune_memory,
 )
 
 T = TypeVar("T")
@@ -246,6 +249,7 @@ def run_script(
             checkpoints; returns the exit status.
     """
     args, given = parser.parse(argv, presets)
+    args.given = given
     world = World()
 
     try:
@@ -256,7 +260,7 @@ def run_script(
         world.device = own_device(device, world)
     except ValueError as error:
         return fail(error, status=2) if world.is_first else 2
-    except (TrainingError, ProcessError) as error:
+    except (DeviceError, ProcessError) as error:
         return fail(error) if world.is_first else 1
 
     if device.type == "cpu":
@@ -331,8 +335,8 @@ def claim(args: Namespace, world: World) -> Iterator[CheckpointWriter]:
     Raises:
         CheckpointError: when they cannot be written, or another run does.
     """
-    # A dry run writes nothing.
-    is_writer = world.is_first and not vars(args).get("dry_run")
+    # Who only looks writes nothing.
+    is_writer = world.is_first and not any(vars(args).get(f) for f in ("dry_run", "eval_only"))
 
     def wait(holder: str) -> None:
         print(f"Wait:   {path} is held by {holder}; it is dead if it is silent for a minute")
@@ -374,7 +378,7 @@ def check_accumulation(args: Namespace, world: World) -> None:
 
 def shared_flags(args: Namespace) -> dict:
     """Return the arguments that have to be the same on all machines."""
-    own = ("device", "num_dataset_processes")
+    own = ("device", "num_dataset_processes", "given")
 
     return {
         name: value

@@ -59,6 +59,16 @@ def load_encoding() -> tiktoken.Encoding:
     )
 
 
+@functools.cache
+def token_sizes() -> np.ndarray:
+    """Return how many bytes of text each token stands for, int64 (V); end-of-text for none."""
+    decode = load_encoding().decode_single_token_bytes
+    sizes = [len(decode(token)) for token in range(VOCABULARY_SIZE)]
+    sizes[END_OF_TEXT] = 0
+
+    return np.array(sizes, dtype=np.int64)
+
+
 def encode(text: str) -> np.ndarray:
     """Tokenize text as it stands: a literal <|endoftext|> in it is text like any other.
 

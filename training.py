@@ -4,17 +4,11 @@ the record of a run.
 Axes of the tensors: B samples, T tokens.
 """
 
-import contextlib
 import csv
-import ctypes
 import math
 import os
-import re
-import resource
 import signal
-import sys
 import time
-import traceback
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -25,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from devices import autocast, first_that_fits
 from distributed import World, are_finite, clip_gradients, spread_like
 from optimizers import Optimizers, Schedule
 
@@ -43,173 +38,6 @@ class Interrupted(Exception):
     def __init__(self, number: int):
         super().__init__(number)
         self.number = number
-
-
-# --- Device and precision ---
-
-
-def resolve_device(name: str | None) -> torch.device:
-    """Turn `--device` into a device; None takes the best that there is.
-
-    Raises:
-        ValueError: when no such device is known.
-        TrainingError: when it is known but this machine has none.
-    """
-    if name is None:
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-    if not re.fullmatch(r"cpu|mps|cuda(:[0-9]+)?", name):
-        raise ValueError(f"--device must be cuda, cuda:N, mps or cpu, {name} given")
-
-    kind, _, index = name.partition(":")
-
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise TrainingError("--device: no CUDA device was found; --device=cpu runs without one.")
-
-    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device: {name} given, there are {torch.cuda.device_count()} GPUs")
-
-    if kind == "mps" and not torch.backends.mps.is_available():
-        raise TrainingError("--device: no MPS device was found; --device=cpu runs without one.")
-
-    return torch.device(name)
-
-
-def own_device(device: torch.device, world: World) -> torch.device:
-    """Return what one of several processes computes on.
-
-    Raises:
-        ValueError: when there is nothing for each.
-    """
-    if world.size == 1 or device.type == "cpu":
-        return device
-
-    if device.type == "mps" or device.index is not None:
-        raise ValueError(
-            f"--device={device} given with {world.size} processes: each has a GPU of its own by"
-            " --device=cuda, or its share of the cores by --device=cpu"
-        )
-
-    if world.local_size > torch.cuda.device_count():
-        raise ValueError(
-            f"--nproc-per-node={world.local_size} given, there are {torch.cuda.device_count()} GPUs"
-        )
-
-    return torch.device("cuda", world.local_rank)
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Tell whether an error of PyTorch means that memory ran out; on a CPU it has no own type."""
-    types = (torch.OutOfMemoryError, MemoryError)
-
-    return isinstance(error, types) or "can't allocate memory" in str(error)
-
-
-def first_that_fits(
-    numbers: Iterable[int], attempt: Callable[[int], object], device: torch.device
-) -> int | None:
-    """Return the first number that an attempt has memory enough for; None without any."""
-    for number in numbers:
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-
-        try:
-            attempt(number)
-        except Exception as error:
-            # Libraries have their own words for it; what fails is of no use, whatever the cause.
-            release(error)
-        else:
-            return number
-
-    return None
-
-
-def release(error: Exception) -> None:
-    """Free what the functions that an error has ended still hold."""
-    traceback.clear_frames(error.__traceback__)
-
-
-PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-def product_format(precision: str) -> torch.dtype:
-    """Return the format for the matrix products of an optimizer: fp16 has no room for them."""
-    return torch.bfloat16 if precision == "bf16" else torch.float32
-
-
-def resolve_precision(device: torch.device) -> str:
-    """Return the precision, bf16, fp16 or fp32, that is fast on a device."""
-    if device.type == "cuda":
-        # Older cards run bf16 too, but in slow emulation.
-        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
-
-    if device.type == "cpu":
-        # Nothing that a processor says of itself is as sure as a try: 6 times faster with matrix
-        # units, 4 times slower without.
-        rates = {name: matmul_rate(device, name) for name in ("bf16", "fp32")}
-
-        return "bf16" if rates["bf16"] > 1.5 * rates["fp32"] else "fp32"
-
-    return "fp32"
-
-
-def matmul_rate(device: torch.device, precision: str) -> float:
-    """Measure how many operations a second a matrix product reaches: the limit of training."""
-    size = 8192 if device.type == "cuda" else 512
-    left, right = (
-        torch.randn(size, size, device=device).to(PRECISIONS[precision]) for _ in range(2)
-    )
-    seconds = []
-
-    # The first few are slow while threads and caches warm up.
-    while len(seconds) < 3 or sum(seconds) < 0.2:
-        synchronize(device)
-        start = time.perf_counter()
-        left @ right
-        synchronize(device)
-        seconds.append(time.perf_counter() - start)
-
-    return 2 * size**3 / min(seconds)
-
-
-def sum_of_rates(world: World, precision: str) -> float:
-    """Return the operations a second of all devices together."""
-    return world.sum(int(matmul_rate(world.device, precision)))[0]
-
-
-def tune_memory() -> None:
-    """Let this process keep what it frees, in huge pages; to be called before the first tensor.
-
-    By itself glibc gives it back to the system, and every step pays for it again in page faults.
-    Elsewhere than on Linux nothing changes.
-    """
-    # PyTorch reads it once, when it first allocates.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-
-    if hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        trim_threshold, mmap_max = -1, -4
-        libc.mallopt(trim_threshold, -1)
-        libc.mallopt(mmap_max, 0)
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-
-
-def peak_memory(device: torch.device) -> int:
-    """Return the most memory in bytes that this process has had on the device so far."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 # --- Training and evaluation ---
@@ -578,13 +406,6 @@ def load_share(
     return step
 
 
-def autocast(device: torch.device, precision: str):
-    if precision == "fp32":
-        return contextlib.nullcontext()
-
-    return torch.autocast(device.type, PRECISIONS[precision])
-
-
 def random_seed(*key: int) -> int:
     """Derive a seed from numbers: equal keys give equal seeds, others unrelated ones."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) >> 1
@@ -643,30 +464,6 @@ def load_weights(expected: dict[str, Tensor], given: dict[str, Tensor]) -> None:
 
     for name, tensor in expected.items():
         tensor.copy_(spread_like(given[name], tensor))
-
-
-def compile_model(model: nn.Module, device: torch.device, is_dynamic: bool = False) -> str:
-    """Compile a model in place if that works here; return what was chosen, for people.
-
-    Args:
-        is_dynamic: whether the shapes of micro-batches differ.
-    """
-    probe = torch.compile(lambda x: torch.nn.functional.gelu(x + 1))
-
-    try:
-        probe(torch.zeros(64, device=device))
-    except Exception as error:  # whatever a compiler that is missing or broken may raise
-        return f"not compiled ({first_sentence(error)})"
-
-    model.compile(dynamic=is_dynamic)
-
-    return "compiled"
-
-
-def first_sentence(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-
-    return lines[0][:120] if lines else type(error).__name__
 
 
 # --- The record of a run ---
@@ -754,30 +551,3 @@ def describe_row(row: dict, num_epochs: int) -> str:
     ]
 
     return ", ".join(parts)
-
-
-def time_steps(trainer: Trainer, load_step: Callable[[int], Step]) -> float:
-    """Return the seconds that an optimizer step takes, from a few micro-batches and one update."""
-    micro_batches = load_step(trainer.step)
-    several = micro_batches[:4]
-
-    with StopSignal() as stop:
-
-        def timed(move: Callable, batches: Step) -> float:
-            synchronize(trainer.device)
-            start = time.perf_counter()
-            move(batches, stop)
-            synchronize(trainer.device)
-
-            return time.perf_counter() - start
-
-        gradient = trainer.accumulate_gradient
-        timed(gradient, several[:1])
-        # What comes once in an update, such as sending gradients, drops out of a difference.
-        one, more = timed(gradient, several[:1]), timed(gradient, several)
-        further = max(0.0, more - one) / max(1, len(several) - 1)
-
-        trainer.model.zero_grad(set_to_none=True)
-        update = timed(trainer.take_step, several[:1])
-
-    return update + further * (len(micro_batches) - 1)

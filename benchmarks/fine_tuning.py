@@ -21,12 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from data import InstructionBatches
-from distributed import World
-from lora import add_lora
-from model import GPT
-from rows import StandardLibraryFunctions, load_examples
-from trainers import make_trainer, never
-from training import (
+from devices import (
     PRECISIONS,
     autocast,
     compile_model,
@@ -35,6 +30,11 @@ from training import (
     resolve_precision,
     synchronize,
 )
+from distributed import World
+from lora import add_lora
+from model import GPT
+from rows import StandardLibraryFunctions, load_examples
+from trainers import make_trainer, never
 
 BLOCK_SIZE, BATCH_SIZE, RANK, ALPHA = 512, 4, 8, 2.0
 

@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+from devices import PRECISIONS, resolve_device, resolve_precision, synchronize
 from model import GPT, KeyValueCache, Sampler, generate
-from training import PRECISIONS, resolve_device, resolve_precision, synchronize
 
 SIZES = {
     "vocabulary_size": 50257,

@@ -30,13 +30,13 @@ import torch
 from torch import nn
 
 from data import EvaluationWindows, split_windows
+from devices import compile_model, resolve_device, resolve_precision, tune_memory
 from distributed import World
 from model import GPT
 from optimizers import Schedule
 from preparation import load_or_prepare, parse_source
 from tokenizer import VOCABULARY_SIZE
 from trainers import make_trainer, never
-from training import compile_model, resolve_device, resolve_precision, tune_memory
 
 SCRIPT = Path(__file__).resolve().parent.parent / "pre-train.py"
 BLOCK_SIZE, BATCH_SIZE = 256, 16

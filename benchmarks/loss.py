@@ -19,9 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.nn.functional as F
 
-from loss import exponentiate, linear_cross_entropy
-from tokenizer import VOCABULARY_SIZE
-from training import (
+from devices import (
     PRECISIONS,
     autocast,
     resolve_device,
@@ -29,6 +27,8 @@ from training import (
     synchronize,
     tune_memory,
 )
+from loss import exponentiate, linear_cross_entropy
+from tokenizer import VOCABULARY_SIZE
 
 
 def main() -> None:

@@ -22,10 +22,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from checkpoint import CheckpointWriter, save_checkpoint, verify_checksum
+from devices import resolve_device, resolve_precision, tune_memory
 from distributed import World
 from model import GPT
 from trainers import make_trainer, never
-from training import Trainer, resolve_device, resolve_precision, tune_memory
+from training import Trainer
 
 
 def seconds(function: Callable, *args) -> float:

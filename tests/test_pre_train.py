@@ -17,6 +17,7 @@ import model
 import session
 import training
 from checkpoint import best_path, previous_path, save_checkpoint
+from devices import resolve_device
 
 KILL_AT = f"""{SAVE_AT_ONCE}
 real = training.Trainer.take_step
@@ -705,17 +706,6 @@ def test_sources_are_mixed_by_weight_and_tested_apart(pre_train, small, tmp_path
     ) in output
 
 
-def test_dry_run_estimates_and_writes_nothing(pre_train, small, tmp_path, capsys):
-    assert pre_train.main(small("--dry_run")) == 0
-
-    output = capsys.readouterr().out
-    assert "Model:  " in output
-    assert "Memory: " in output
-    assert "tokens/s" in output
-    assert "hours in all" in output
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_machine_without_a_compiler_trains(small, tmp_path):
     env = {
         "CXX": "/nonexistent/c++",
@@ -744,7 +734,7 @@ def test_device_is_chosen_when_none_is_given(pre_train, small, capsys):
     argv = [arg for arg in small("--num_epochs=1") if not arg.startswith("--device")]
 
     assert pre_train.main(argv) == 0
-    assert f"Device: {training.resolve_device(None)}," in capsys.readouterr().out
+    assert f"Device: {resolve_device(None)}," in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from conftest import ROOT
 from test_model import counterparts, hugging_face_pair
 from torch import nn
 
-import training
+import devices
+from devices import compile_model, own_device, resolve_device, resolve_precision
 from distributed import World
 from model import GPT
 from optimizers import Optimizers, Schedule
@@ -24,13 +25,9 @@ from training import (
     StopSignal,
     Trainer,
     TrainingError,
-    compile_model,
     load_weights,
-    own_device,
     prefetch,
     random_seed,
-    resolve_device,
-    resolve_precision,
 )
 
 CPU = torch.device("cpu")
@@ -381,7 +378,7 @@ def test_precision_on_a_gpu_goes_by_capability(monkeypatch, capability, precisio
 @pytest.mark.parametrize(("bf16_rate", "precision"), [(6.0, "bf16"), (0.3, "fp32"), (1.0, "fp32")])
 def test_precision_on_a_cpu_goes_by_measurement(monkeypatch, bf16_rate, precision):
     rates = {"bf16": bf16_rate, "fp32": 1.0}
-    monkeypatch.setattr(training, "matmul_rate", lambda device, name: rates[name])
+    monkeypatch.setattr(devices, "matmul_rate", lambda device, name: rates[name])
 
     assert resolve_precision(CPU) == precision
 
@@ -451,7 +448,7 @@ def test_freed_memory_is_kept():
     code = """
 import ctypes, resource, sys
 sys.path.insert(0, sys.argv[1])
-from training import tune_memory
+from devices import tune_memory
 tune_memory()
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
