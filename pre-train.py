@@ -318,10 +318,25 @@ def main(argv: list[str] | None = None) -> int:
 
 def check_arguments(args: Namespace) -> Sources:
     """Return the sources with their weights; raise ValueError where values do not fit together."""
-    try:
-        check_sizes(args.embedding_dimensions, args.num_attention_heads)
-    except ValueError as error:
-        raise ValueError(f"--embedding_dimensions: {error}") from None
+    check_paths(args)
+    check_modes(args)
+
+    if not args.eval_only:
+        check_recipe(args)
+
+    # What a run writes below a folder of text is none of it.
+    outputs = [Path(path).resolve().parent for path in (args.checkpoint_path, args.metrics_path)]
+
+    return parse_sources(args.dataset, (Path(args.dataset_path), *outputs))
+
+
+def check_recipe(args: Namespace) -> None:
+    """Raise ValueError where sizes or the numbers of a recipe do not fit together."""
+    if not args.initial_checkpoint:
+        try:
+            check_sizes(args.embedding_dimensions, args.num_attention_heads)
+        except ValueError as error:
+            raise ValueError(f"--embedding_dimensions: {error}") from None
 
     if args.samples_per_epoch < samples_per_step(args):
         raise ValueError(
@@ -330,19 +345,11 @@ def check_arguments(args: Namespace) -> Sources:
             f" {args.samples_per_epoch} given"
         )
 
-    check_paths(args)
-    check_modes(args)
-
     if args.min_learning_rate > args.learning_rate:
         raise ValueError(
             f"--min_learning_rate {args.min_learning_rate} is above"
             f" --learning_rate {args.learning_rate}"
         )
-
-    # What a run writes below a folder of text is none of it.
-    outputs = [Path(path).resolve().parent for path in (args.checkpoint_path, args.metrics_path)]
-
-    return parse_sources(args.dataset, (Path(args.dataset_path), *outputs))
 
 
 def check_modes(args: Namespace) -> None:

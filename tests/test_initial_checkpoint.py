@@ -1,0 +1,137 @@
+"""`--initial_checkpoint`: a run that begins with given weights."""
+
+import os
+
+import pytest
+import torch
+from conftest import assert_same, assert_same_run, finish, launch
+
+from checkpoint import load_checkpoint, save_checkpoint
+from model import GPT
+
+SIZES = {
+    "vocabulary_size": 50257,
+    "block_size": 24,
+    "embedding_dimensions": 16,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 3,
+    "bias": True,
+}
+# So small a step that no weight changes.
+FROZEN = ("--num_epochs=1", "--learning_rate=1e-30")
+
+
+@pytest.fixture
+def initial(tmp_path):
+    """A checkpoint of a model with biases, as another project's weights would make one."""
+    torch.manual_seed(0)
+    model = GPT(**SIZES)
+
+    for name, weight in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(weight, std=0.02)
+
+    state = {
+        "format_version": 1,
+        "encoding": "r50k_base",
+        "model_args": SIZES,
+        "model": model.state_dict(),
+    }
+    path = tmp_path / "initial.pt"
+    save_checkpoint(path, state)
+
+    return path
+
+
+def flags(small, initial, *extra, out) -> list[str]:
+    sizes = ("--block_size", "--embedding", "--num_attention", "--num_hidden")
+    others = [arg for arg in small(out=out) if not arg.startswith(sizes)]
+
+    return [*others, f"--initial_checkpoint={initial}", *extra]
+
+
+@pytest.mark.parametrize("block_size", [None, 16])
+def test_run_begins_with_the_weights_and_sizes(pre_train, small, initial, tmp_path, block_size):
+    extra = [f"--block_size={block_size}"] * bool(block_size)
+
+    assert pre_train.main(flags(small, initial, *FROZEN, *extra, out=tmp_path)) == 0
+
+    expected, found = (load_checkpoint(p, ()) for p in (initial, tmp_path / "checkpoint.pt"))
+    positions = "position_embeddings.weight"
+    expected["model"][positions] = expected["model"][positions][: block_size or 24]
+    assert_same(found["model"], expected["model"])
+    assert found["model_args"] == {**SIZES, "block_size": block_size or 24}
+    # The run is a new one.
+    assert found["position"] == 3
+    assert [row["epoch"] for row in found["metrics"]] == [1]
+
+
+def test_resumed_it_ends_as_if_nothing_had_happened(pre_train, small, initial, tmp_path):
+    left, right = tmp_path / "left", tmp_path / "right"
+    assert pre_train.main(flags(small, initial, out=left)) == 0
+
+    # Killed behind the first epoch; what it began with is not needed any more.
+    patch = (
+        "import session\nreal = session.Session.save\n"
+        "def save(self, *args):\n"
+        "    real(self, *args); self.writer.wait(); os.kill(os.getpid(), 9)\n"
+        "session.Session.save = save"
+    )
+    status, _, _ = finish(launch(flags(small, initial, out=right), patch))
+    assert status == -9
+    os.rename(initial, tmp_path / "elsewhere.pt")
+    assert pre_train.main(flags(small, initial, "--resume", out=right)) == 0
+
+    assert_same_run(left / "checkpoint.pt", right / "checkpoint.pt")
+
+
+def test_plan_of_such_a_run(pre_train, small, initial, tmp_path, capsys):
+    assert pre_train.main(flags(small, initial, "--dry_run", out=tmp_path / "out")) == 0
+    assert "3 layers, 4 heads, 16 dimensions, context 24" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ("--num_hidden_layers=2", "--num_hidden_layers: 2 given, "),
+        ("--block_size=25", "--block_size: 25 given, "),
+    ],
+)
+def test_other_sizes_are_refused(small, initial, tmp_path, error_of, extra, message):
+    status, line = error_of(flags(small, initial, extra, out=tmp_path))
+
+    assert status == 2
+    assert f"{message}{initial} has " in line
+
+
+def test_weights_that_the_run_would_move_aside_are_refused(small, initial, error_of):
+    argv = flags(small, initial, f"--checkpoint_path={initial}", out=initial.parent)
+    status, line = error_of(argv)
+
+    assert status == 2
+    assert line.endswith("choose another --checkpoint_path for the new run")
+
+
+@pytest.mark.parametrize("content", [None, b"", b"PK\x03\x04 and no more"])
+def test_weights_that_cannot_be_read(small, initial, tmp_path, error_of, content):
+    initial.unlink()
+
+    if content is not None:
+        initial.write_bytes(content)
+
+    status, line = error_of(flags(small, initial, out=tmp_path / "out"))
+    assert status == 1
+    assert str(initial) in line
+
+
+def test_model_in_a_notebook(initial):
+    model = GPT.load(initial)
+    x = torch.arange(20)[None]
+
+    assert not model.training
+    assert_same(model.state_dict(), load_checkpoint(initial, ())["model"])
+    assert model(x).shape == (1, 20, 50257)
+
+    with pytest.raises(Exception, match="There is no checkpoint at nowhere.pt"):
+        GPT.load("nowhere.pt")
