@@ -47,7 +47,9 @@ def parse(rows: list[dict], sources: dict | None = None, title: str = "run"):
 
 
 def texts(picture, style: str = "") -> list:
-    return [node for node in picture.iter(f"{SVG}text") if style in node.get("class").split()]
+    nodes = picture.iter(f"{SVG}text")
+
+    return [node for node in nodes if not style or style in node.get("class").split()]
 
 
 def value_of(label: str) -> float:
@@ -160,6 +162,8 @@ def many_sources(num_sources: int) -> tuple[list[dict], dict[str, str]]:
 )
 def test_texts_stay_inside_and_apart(rows, sources):
     boxes = [box(node) for node in texts(parse(rows, sources, "a-title-of-more-than-a-line" * 9))]
+
+    assert len(boxes) >= 2
 
     for left, right, top, bottom in boxes:
         assert left >= 0
