@@ -49,6 +49,7 @@ from session import (
     describe_device,
     describe_resume,
     is_finished,
+    recorded_by,
     run_script,
     written_by,
 )
@@ -198,7 +199,7 @@ def check_arguments(args: Namespace) -> RowSource:
     # Neither what is read may be written over, nor what is kept beside it.
     outputs = {
         "checkpoint_path": {*written_by(args.checkpoint_path)},
-        "metrics_path": {Path(args.metrics_path).resolve()},
+        "metrics_path": {*recorded_by(args.metrics_path)},
     }
     inputs = {
         "the base model": {*written_by(args.base_model_path)},

@@ -42,15 +42,14 @@ from devices import (
     tune_memory,
 )
 from distributed import LostProcessError, NoAnswerError, ProcessError, World, whole
+from metrics import MetricsFile, describe_row, picture_path
 from tokenizer import ENCODING, DataError
 from training import (
     Interrupted,
-    MetricsFile,
     Step,
     StopSignal,
     Trainer,
     TrainingError,
-    describe_row,
 )
 
 T = TypeVar("T")
@@ -97,6 +96,8 @@ class Session:
     mean_loss: Callable[[dict[str, float]], float]
     content: Callable[[], dict]
     writer: CheckpointWriter
+    # Of the first process, once it trains.
+    metrics: MetricsFile | None = None
 
     @property
     def world(self) -> World:
@@ -105,10 +106,10 @@ class Session:
     def run(self) -> int:
         """Train up to the last epoch, or a signal; return the exit status."""
         args, trainer = self.args, self.trainer
-
         is_new = not args.resume and self.world.is_first
+        table = Path(args.metrics_path)
 
-        if is_new and (aside := set_aside(self.writer.path, Path(args.metrics_path))):
+        if is_new and (aside := set_aside(self.writer.path, table, picture_path(table))):
             print(f"Kept:   an earlier run, as {aside}")
 
         self.world.note_beginning()
@@ -116,10 +117,10 @@ class Session:
         with self.stoppable() as stop:
             try:
                 self.train(stop)
-                self.finish_saving()
+                self.finish_files()
             except Interrupted as interruption:
                 self.save()
-                self.finish_saving()
+                self.finish_files()
                 print(
                     f"Stopped after update {trainer.step}; saved as {self.writer.path}."
                     " --resume goes on there."
@@ -127,7 +128,7 @@ class Session:
                 return 128 + interruption.number
             except TrainingError:
                 self.save()
-                self.finish_saving()
+                self.finish_files()
                 raise
             except Exception as error:
                 if not is_out_of_memory(error):
@@ -182,7 +183,7 @@ class Session:
         columns = list(self.tests) if len(self.tests) > 1 else []
 
         if self.world.is_first:
-            metrics = MetricsFile(Path(args.metrics_path), trainer.metrics, columns)
+            self.metrics = MetricsFile(Path(args.metrics_path), trainer.metrics, columns)
 
         for epoch in range(len(trainer.metrics) + 1, args.num_epochs + 1):
             is_last = epoch == args.num_epochs
@@ -200,7 +201,7 @@ class Session:
 
             if self.world.is_first:
                 self.writer.check_owner()
-                metrics.add(row)
+                self.metrics.add(row)
                 tqdm.write(describe_row(row, args.num_epochs))
 
             is_due = epoch % args.checkpoint_interval == 0 or is_best or is_last
@@ -227,9 +228,11 @@ class Session:
         # However long the one before takes, nobody counts as lost meanwhile.
         self.world.wait_for_all()
 
-    def finish_saving(self) -> None:
+    def finish_files(self) -> None:
+        """Return when all that there is to keep is on the disk."""
         if self.world.is_first:
             self.writer.wait()
+            self.metrics.draw()
 
         self.world.wait_for_all()
 
@@ -388,9 +391,30 @@ def shared_flags(args: Namespace) -> dict:
 
 
 def check_paths(args: Namespace) -> None:
-    """Raise ValueError when the metrics would be written over a checkpoint."""
-    if Path(args.metrics_path).resolve() in written_by(args.checkpoint_path):
+    """Raise ValueError when the metrics would be written over a checkpoint or their picture."""
+    table, *others = recorded_by(args.metrics_path)
+    checkpoints = written_by(args.checkpoint_path)
+
+    if table in checkpoints:
         raise ValueError("--metrics_path: this is the path of a checkpoint")
+
+    for file in others:
+        if file in checkpoints:
+            raise ValueError(f"--metrics_path: {file.name} beside it is the path of a checkpoint")
+
+    if Path(args.metrics_path).suffix.lower() == ".svg":
+        raise ValueError(
+            "--metrics_path must not end in .svg, as the picture of the table does;"
+            f" {args.metrics_path} given"
+        )
+
+
+def recorded_by(metrics_path: str) -> list[Path]:
+    """Return all files that a run with this --metrics_path writes: its table, then the others."""
+    table = Path(metrics_path).resolve()
+    picture = picture_path(Path(metrics_path)).resolve()
+
+    return [table, picture, *map(temporary_path, (table, picture)), lock_path(table)]
 
 
 def written_by(checkpoint_path: str) -> list[Path]:

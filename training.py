@@ -1,10 +1,8 @@
-"""What the training scripts share: device and precision, the pass over an epoch, evaluation, and
-the record of a run.
+"""What the training scripts share: device and precision, the pass over an epoch, evaluation.
 
 Axes of the tensors: B samples, T tokens.
 """
 
-import csv
 import math
 import os
 import signal
@@ -12,7 +10,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,6 +18,7 @@ from tqdm import tqdm
 
 from devices import autocast, first_that_fits
 from distributed import World, are_finite, clip_gradients, spread_like
+from metrics import SOURCE_LOSS
 from optimizers import Optimizers, Schedule
 
 # The part of a process in an update: numbered micro-batches of token ids and targets, int64 (B, T).
@@ -464,90 +462,3 @@ def load_weights(expected: dict[str, Tensor], given: dict[str, Tensor]) -> None:
 
     for name, tensor in expected.items():
         tensor.copy_(spread_like(given[name], tensor))
-
-
-# --- The record of a run ---
-
-# Begins the names of columns that hold the test loss of one source.
-SOURCE_LOSS = "test_loss_"
-
-
-class MetricsFile:
-    """The rows of a run as a CSV file and, where TensorBoard is installed, in `runs` beside it."""
-
-    COLUMNS = (
-        "epoch",
-        "step",
-        "tokens",
-        "train_loss",
-        "test_loss",
-        "perplexity",
-        "gradient_norm",
-        "learning_rate",
-        "tokens_per_second",
-        "mfu",
-        "seconds",
-    )
-
-    def __init__(self, path: Path, rows: list[dict], sources: Iterable[str] = ()):
-        """Begin a file with the rows that a resumed run has behind it: none twice, none lost.
-
-        Args:
-            sources: the names of those that have a column for their test loss.
-        """
-        self.columns = [*self.COLUMNS, *(SOURCE_LOSS + name for name in sources)]
-        temporary = path.with_name(f"{path.name}.tmp")
-
-        with open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, self.columns)
-            writer.writeheader()
-            writer.writerows(rows)
-
-        os.replace(temporary, path)
-
-        self.path = path
-        self.board = self.open_board(path.parent / "runs" / path.stem, len(rows))
-
-    @staticmethod
-    def open_board(folder: Path, num_rows: int):
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            return None
-
-        return SummaryWriter(folder, purge_step=num_rows + 1)
-
-    def add(self, row: dict) -> None:
-        with open(self.path, "a", newline="") as file:
-            csv.DictWriter(file, self.columns).writerow(row)
-
-        if self.board is not None:
-            for name, value in row.items():
-                if name != "epoch" and value is not None:
-                    self.board.add_scalar(name, value, row["epoch"])
-
-            self.board.flush()
-
-
-def describe_row(row: dict, num_epochs: int) -> str:
-    """Put a row of the metrics into one line for people."""
-    parts = [f"epoch {row['epoch']}/{num_epochs}", f"train loss {row['train_loss']:.3f}"]
-
-    if row["test_loss"] is not None:
-        by_source = ", ".join(
-            f"{name.removeprefix(SOURCE_LOSS)} {loss:.3f}"
-            for name, loss in row.items()
-            if name.startswith(SOURCE_LOSS)
-        )
-        parts += [
-            f"test loss {row['test_loss']:.3f}" + (f" ({by_source})" if by_source else ""),
-            f"perplexity {row['perplexity']:,.1f}",
-        ]
-
-    parts += [
-        f"gradient norm {row['gradient_norm']:.2f}",
-        f"learning rate {row['learning_rate']:.1e}",
-        f"{row['tokens_per_second']:,.0f} tokens/s",
-    ]
-
-    return ", ".join(parts)

@@ -238,6 +238,25 @@ def test_metrics_do_not_share_a_path_with_a_checkpoint(error_of):
         assert "--metrics_path" in line
 
 
+@pytest.mark.parametrize(
+    ("checkpoint", "table", "message"),
+    [
+        ("a.pt", "b.svg", "--metrics_path must not end in .svg"),
+        ("a.pt", "b.SVG", "--metrics_path must not end in .svg"),
+        ("a.svg", "a.csv", "--metrics_path: a.svg beside it is the path of a checkpoint"),
+        ("a.previous.svg", "x/../a.previous.csv", "a.previous.svg beside it"),
+        ("a.csv.tmp", "a.csv", "a.csv.tmp beside it"),
+    ],
+)
+def test_nothing_else_is_where_the_picture_of_the_metrics_goes(
+    error_of, checkpoint, table, message
+):
+    status, line = error_of([f"--checkpoint_path={checkpoint}", f"--metrics_path={table}"])
+
+    assert status == 2
+    assert message in line
+
+
 def test_sources_add_up_over_repeated_flags(pre_train):
     argv = ["--dataset", "a/b", "--dataset", "stdlib=2", "c/d"]
 

@@ -275,13 +275,14 @@ def test_wrong_arguments(fine_tune, small, base_path, tmp_path, error_of, flag, 
         ["--checkpoint_path=BASE/checkpoint.previous.pt"],
         ["--metrics_path=BASE/checkpoint.best.pt"],
         ["--metrics_path=ROWS"],
+        ["--base_model_path=OUT/base.svg", "--metrics_path=OUT/base.csv"],
         ["--checkpoint_path=ROWS"],
     ],
 )
 def test_nothing_that_is_read_is_written_over(
     fine_tune, small, base_path, rows_path, tmp_path, error_of, flags
 ):
-    for name in ("lora.previous.pt", "lora.best.pt", "lora.pt.tmp"):
+    for name in ("lora.previous.pt", "lora.best.pt", "lora.pt.tmp", "base.svg"):
         (tmp_path / name).write_bytes(base_path.read_bytes())
 
     before = {path: digest(path) for path in (base_path, rows_path, *tmp_path.iterdir())}

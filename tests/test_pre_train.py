@@ -479,6 +479,7 @@ def test_new_run_keeps_the_checkpoint_of_an_earlier_one(pre_train, small, tmp_pa
     assert str(kept[0]) in capsys.readouterr().out
     assert len(list(tmp_path.glob("checkpoint.best.2*.pt"))) == 1
     assert len(list(tmp_path.glob("metrics.2*.csv"))) == 1
+    assert len(list(tmp_path.glob("metrics.2*.svg"))) == 1
 
 
 @pytest.mark.parametrize(
@@ -592,6 +593,50 @@ def test_output_that_cannot_be_written_is_told_before_any_work(tmp_path, error_o
 
     assert status == 1
     assert "file/output cannot be written" in line
+
+
+def test_picture_is_drawn_at_every_evaluation_and_at_the_end(
+    pre_train, small, tmp_path, monkeypatch
+):
+    picture, pictures = tmp_path / "metrics.svg", []
+
+    def train_epoch(self, *args):
+        pictures.append(picture.read_text())
+        real(self, *args)
+
+    real = training.Trainer.train_epoch
+    monkeypatch.setattr(training.Trainer, "train_epoch", train_epoch)
+    pre_train.main(small("--num_epochs=5"))
+    pictures.append(picture.read_text())
+
+    # Tests are due after epochs 2 and 4, and after the last one.
+    changes = [left != right for left, right in zip(pictures, pictures[1:], strict=False)]
+    assert changes == [False, True, False, True, True]
+    assert "5 epochs, 960 tokens" in pictures[-1]
+
+
+def test_picture_of_a_run_that_was_stopped_has_all_its_epochs(
+    pre_train, small, tmp_path, monkeypatch
+):
+    def take_step(self, *args):
+        if self.step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        return real(self, *args)
+
+    real = training.Trainer.take_step
+    monkeypatch.setattr(training.Trainer, "take_step", take_step)
+
+    assert pre_train.main(small("--eval_interval=9")) == 143
+    assert "1 epoch, 192 tokens" in (tmp_path / "metrics.svg").read_text()
+
+
+def test_picture_that_cannot_be_drawn_ends_no_run(pre_train, small, tmp_path, capsys):
+    (tmp_path / "metrics.svg").mkdir()
+
+    assert pre_train.main(small()) == 0
+    assert capsys.readouterr().err.count("metrics.svg was not drawn: Is a directory") == 1
+    assert len(rows(tmp_path)) == 3
 
 
 def test_outputs_are_made_in_folders_that_are_missing(pre_train, small, tmp_path):

@@ -21,7 +21,6 @@ from model import GPT
 from optimizers import Optimizers, Schedule
 from training import (
     Interrupted,
-    MetricsFile,
     StopSignal,
     Trainer,
     TrainingError,
@@ -381,19 +380,6 @@ def test_precision_on_a_cpu_goes_by_measurement(monkeypatch, bf16_rate, precisio
     monkeypatch.setattr(devices, "matmul_rate", lambda device, name: rates[name])
 
     assert resolve_precision(CPU) == precision
-
-
-def test_metrics_begin_with_the_rows_of_a_resumed_run(tmp_path):
-    row = dict.fromkeys(MetricsFile.COLUMNS, 1)
-    path = tmp_path / "metrics.csv"
-    MetricsFile(path, []).add(row)
-    MetricsFile(path, [{**row, "epoch": 1, "test_loss": None}]).add({**row, "epoch": 2})
-    lines = path.read_text().splitlines()
-
-    assert lines[0] == ",".join(MetricsFile.COLUMNS)
-    assert lines[1].startswith("1,1,1,1,,1")
-    assert lines[2].startswith("2,")
-    assert len(lines) == 3
 
 
 @pytest.mark.parametrize(
