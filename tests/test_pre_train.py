@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import signal
+import sys
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -885,7 +886,7 @@ def test_tensorboard_gets_the_scalars_where_it_is_installed(
 
     module = type(os)("torch.utils.tensorboard")
     module.SummaryWriter = SummaryWriter
-    monkeypatch.setitem(training.sys.modules, "torch.utils.tensorboard", module)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     pre_train.main(small("--num_epochs=2"))
 
     assert written[0] == (str(tmp_path / "runs" / "metrics"), 1)
