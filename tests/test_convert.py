@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiktoken_ext import openai_public
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2Model
 
 import hugging_face
@@ -425,13 +426,16 @@ def documents() -> list[str]:
     return ["".join(draw.choices(pools[n % 4], k=draw.randrange(120))) for n in range(1000)]
 
 
-def test_tokens_are_tiktokens_on_any_document(tokenizer):
+def test_tokens_are_tiktokens_on_any_document(tokenizer, exported):
     texts = documents()
     found = tokenizer(texts)["input_ids"]
+    # Versions of transformers before 5 take all from this file.
+    pipeline = Tokenizer.from_file(str(exported / "tokenizer.json"))
 
     assert len(texts) == 1000
     assert found == load_encoding().encode_ordinary_batch(texts)
-    assert tokenizer.batch_decode(found) == texts
+    assert found == [encoding.ids for encoding in pipeline.encode_batch(texts)]
+    assert tokenizer.batch_decode(found) == pipeline.decode_batch(found) == texts
 
 
 def test_tokens_are_tiktokens_for_every_character(tokenizer):
@@ -439,7 +443,7 @@ def test_tokens_are_tiktokens_for_every_character(tokenizer):
     characters = [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000]
     known = [c for c in characters if unicodedata.category(c) not in ("Co", "Cn")]
     other = random.Random(0).sample(sorted(set(characters) - set(known)), 2000)
-    texts = [f"a{c}b {c}1{c} !{c}" for c in known + other]
+    texts = [f"a{c} {c}1" for c in known + other]
     texts = ["\n\n".join(texts[first : first + 500]) for first in range(0, len(texts), 500)]
 
     assert tokenizer(texts)["input_ids"] == load_encoding().encode_ordinary_batch(texts)
@@ -500,6 +504,8 @@ def test_peft_loads_an_exported_adapter(convert, bias):
         f"base_model.model.transformer.h.{layer}.{name}" for layer in range(2) for name in LAYERS
     }
     assert_same_text(read_model(lora_path=Path("out/lora.pt")), model)
+    # peft would put it right, but with a warning.
+    assert json.loads(Path("adapter/adapter_config.json").read_text())["fan_in_fan_out"]
     assert "peft.PeftModel.from_pretrained(model, 'adapter')" in output
 
 
