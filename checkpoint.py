@@ -131,19 +131,17 @@ def lock_path(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def claimed(
-    path: Path, waiting: Callable[[str], None], living: Callable[[str], None]
-) -> Iterator[Callable[[], bool]]:
+def claimed(path: Path, flag: str) -> Iterator[Callable[[], bool]]:
     """Hold the lock of an output file, and prove that it can be written.
 
     Args:
-        waiting, living: as for locks.exclusive.
+        flag: that named it.
 
     Yields:
         A function that tells whether the lock is held still.
 
     Raises:
-        CheckpointError: when it cannot be written.
+        CheckpointError: when it cannot be written, or another process does.
     """
     with contextlib.ExitStack() as stack:
         with reported_errors(path):
@@ -151,7 +149,8 @@ def claimed(
                 raise IsADirectoryError(errno.EISDIR, "Is a directory")
 
             path.parent.mkdir(parents=True, exist_ok=True)
-            is_owner = stack.enter_context(exclusive(lock_path(path), waiting, living))
+            lock = exclusive(lock_path(path), *answers_to_holder(path, flag))
+            is_owner = stack.enter_context(lock)
             # Not before: another run may be writing under this name.
             temporary_path(path).write_bytes(b"")
 
@@ -160,6 +159,20 @@ def claimed(
                 temporary_path(name).unlink(missing_ok=True)
 
         yield is_owner
+
+
+def answers_to_holder(path: Path, flag: str) -> tuple[Callable[[str], None], Callable[[str], None]]:
+    """Return what is done while another process holds the lock of a path, dead or living."""
+
+    def wait(holder: str) -> None:
+        print(f"Wait:   {path} is held by {holder}; it is dead if it is silent for a minute")
+
+    def refuse(holder: str) -> None:
+        raise CheckpointError(
+            f"{holder[0].upper()}{holder[1:]} is writing {path}; end it, or choose another {flag}."
+        )
+
+    return wait, refuse
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
-"""Datasets of the Hugging Face Hub: which files they are, and reading them over poor networks.
+"""Datasets and models of the Hugging Face Hub: which files they are, over poor networks.
 
-Nothing is kept on the disk: a file is read forwards, a window at a time, and hashed on the way.
+Of a dataset nothing is kept on the disk: a file is read forwards, a window at a time, and hashed on
+the way. The files of a model are kept in the cache that all of the Hub's clients share.
 """
 
 import contextlib
@@ -13,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -214,10 +215,15 @@ class HubDataset:
 
         for path in paths:
             info = found[path]
-            digest = f"sha256:{info.lfs.sha256}" if info.lfs else f"git:{info.blob_id}"
 
             yield HubFile(
-                self.repository, revision, PurePosixPath(path), path, info.size, kind, digest
+                self.repository,
+                revision,
+                PurePosixPath(path),
+                path,
+                info.size,
+                kind,
+                digest_of(info),
             )
 
 
@@ -298,10 +304,7 @@ class HubStream(io.RawIOBase):
         self.start = 0
         self.window = b""
         self.upcoming: Future | None = None
-        self.digest = hashlib.sha256()
-
-        if file.digest.startswith("git:"):
-            self.digest = hashlib.sha1(f"blob {file.size}\0".encode())
+        self.digest = new_hash(file.digest, file.size)
 
     @property
     def end(self) -> int:
@@ -368,6 +371,75 @@ class HubStream(io.RawIOBase):
         return self.digest.hexdigest()
 
 
+def download_model(repository: str, choose: Callable[[list[str]], list[str]]) -> Path:
+    """Download files of a model, and compare them with the checksums of the Hub.
+
+    Args:
+        choose: of the names of all files returns those that are needed, which are in no folder.
+
+    Returns:
+        The folder that they are in.
+
+    Raises:
+        DataError: when there is no such model, choose raises, or the network fails again and again.
+    """
+    from huggingface_hub import HfApi, constants, hf_hub_download
+
+    with reported_errors(repository, "A folder that holds the model needs no network."):
+        if constants.HF_HUB_OFFLINE:
+            raise DataError("HF_HUB_OFFLINE is set")
+
+        model = insist(
+            lambda: HfApi().model_info(repository, timeout=TIMEOUT), repository, FIRST_RETRY_PAUSES
+        )
+        names = choose([file.rfilename for file in model.siblings])
+        infos = insist(
+            lambda: HfApi().get_paths_info(model.id, names, revision=model.sha), repository
+        )
+
+        for info in infos:
+            path = Path(
+                insist(
+                    lambda name=info.path: hf_hub_download(model.id, name, revision=model.sha),
+                    repository,
+                )
+            )
+            check_download(path, digest_of(info), f"{repository}/{info.path}")
+
+    return path.parent
+
+
+def check_download(path: Path, digest: str, what: str) -> None:
+    """Compare a file with its digest; remove it, and what it is a link to, if it is another one."""
+    found = new_hash(digest, path.stat().st_size)
+
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 24):
+            found.update(chunk)
+
+    if found.hexdigest() != digest.partition(":")[2]:
+        path.resolve().unlink()
+        path.unlink(missing_ok=True)
+
+        raise DamagedDownloadError(
+            f"{what} does not have the checksum that the Hub gives for it, and is removed; the same"
+            " command downloads it again."
+        )
+
+
+def digest_of(info) -> str:
+    """Return the digest that the Hub gives for a file, in the form that HubFile has."""
+    return f"sha256:{info.lfs.sha256}" if info.lfs else f"git:{info.blob_id}"
+
+
+def new_hash(digest: str, size: int):
+    """Return the beginning of a hash of the kind of a digest, for a file of size bytes."""
+    if digest.startswith("git:"):
+        return hashlib.sha1(f"blob {size}\0".encode())
+
+    return hashlib.sha256()
+
+
 def in_background(action: Callable[..., T], *arguments) -> "Future[T]":
     """Call action in a thread that keeps no program from ending, unlike those of a pool."""
     future: Future[T] = Future()
@@ -423,7 +495,9 @@ def quiet_client() -> None:
 
 
 @contextlib.contextmanager
-def reported_errors(what: str) -> Iterator[None]:
+def reported_errors(
+    what: str, way_out: str = "--dataset=stdlib or a folder of your own needs no network."
+) -> Iterator[None]:
     """Turn whatever the client raises, dozens of types, into one line."""
     try:
         yield
@@ -434,6 +508,5 @@ def reported_errors(what: str) -> Iterator[None]:
         again = " The same command goes on where this one stopped." if is_for_now else ""
 
         raise DataError(
-            f"{what} cannot be read from the Hub: {one_line(error)}.{again} --dataset=stdlib or a"
-            " folder of your own needs no network."
+            f"{what} cannot be read from the Hub: {one_line(error)}.{again} {way_out}"
         ) from error

@@ -341,20 +341,12 @@ def claim(args: Namespace, world: World) -> Iterator[CheckpointWriter]:
     # Who only looks writes nothing.
     is_writer = world.is_first and not any(vars(args).get(f) for f in ("dry_run", "eval_only"))
 
-    def wait(holder: str) -> None:
-        print(f"Wait:   {path} is held by {holder}; it is dead if it is silent for a minute")
-
-    def refuse(holder: str) -> None:
-        raise CheckpointError(
-            f"{holder[0].upper()}{holder[1:]} is writing {path}; end it, or choose another {flag}."
-        )
-
     with contextlib.ExitStack() as stack:
         owners = []
 
         for flag in ("--checkpoint_path", "--metrics_path") if is_writer else ():
             path = Path(getattr(args, flag[2:]))
-            owners.append(stack.enter_context(claimed(path, wait, refuse)))
+            owners.append(stack.enter_context(claimed(path, flag)))
 
         writer = CheckpointWriter(
             Path(args.checkpoint_path), lambda: all(is_owner() for is_owner in owners)

@@ -39,7 +39,9 @@ def serve(
     converted: dict[str, bytes] | None = None,
     fault: Callable[[str, int], str | None] = lambda path, number: None,
 ) -> Iterator[tuple[str, list[str]]]:
-    """Serve one dataset repository; give the endpoint, and the requests as they come.
+    """Serve one repository, as a dataset and as a model.
+
+    Gives the endpoint, and the requests as they come.
 
     Args:
         converted: the files of the revision refs/convert/parquet.
@@ -82,16 +84,17 @@ class Hub(BaseHTTPRequestHandler):
         url = urlparse(self.path)
         path = unquote(url.path)
         prefix = re.escape(self.name)
+        kind = "(?:datasets|models)"
         revision = r"(refs/convert/parquet|\w+)"
 
-        if match := re.fullmatch(rf"/api/datasets/{prefix}(?:/revision/{revision})?", path):
+        if match := re.fullmatch(rf"/api/{kind}/{prefix}(?:/revision/{revision})?", path):
             self.answer_info(self.commit(match[1]))
-        elif match := re.fullmatch(rf"/api/datasets/{prefix}/tree/{revision}/?(.*)", path):
+        elif match := re.fullmatch(rf"/api/{kind}/{prefix}/tree/{revision}/?(.*)", path):
             is_recursive = "true" in str(parse_qs(url.query).get("recursive", [])).lower()
             self.answer_tree(self.commit(match[1]), match[2], is_recursive)
-        elif match := re.fullmatch(rf"/api/datasets/{prefix}/paths-info/{revision}", path):
+        elif match := re.fullmatch(rf"/api/{kind}/{prefix}/paths-info/{revision}", path):
             self.answer_paths(self.commit(match[1]))
-        elif match := re.fullmatch(rf"/datasets/{prefix}/resolve/{revision}/(.*)", path):
+        elif match := re.fullmatch(rf"(?:/datasets)?/{prefix}/resolve/{revision}/(.*)", path):
             self.answer_file(self.commit(match[1]), match[2])
         else:
             self.answer_missing()
@@ -116,7 +119,7 @@ class Hub(BaseHTTPRequestHandler):
         blob = hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
         entry = {"type": "file", "path": path, "oid": blob, "size": len(content)}
 
-        if path.endswith(".parquet"):
+        if path.endswith((".parquet", ".safetensors", ".bin")):
             digest = hashlib.sha256(content).hexdigest()
             entry["lfs"] = {"oid": digest, "size": len(content), "pointerSize": 1}
 

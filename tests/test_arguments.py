@@ -30,7 +30,7 @@ def readme_table(script: str) -> dict[str, tuple[str, str, str]]:
     return {flag: (default, kind, text.replace("`", "")) for flag, default, kind, text in rows}
 
 
-@pytest.mark.parametrize("script", ["pre-train", "fine-tune", "generate"])
+@pytest.mark.parametrize("script", ["pre-train", "fine-tune", "generate", "convert"])
 def test_readme_has_the_arguments_of_the_parser(script):
     parser = importlib.import_module(script).build_parser()
     actions = [a for a in parser._actions if a.dest != "help"]
