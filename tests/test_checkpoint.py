@@ -55,7 +55,7 @@ def load(path: Path) -> dict:
 
 def claim(path: Path) -> None:
     """Begin a run, and end it."""
-    with claimed(path, pytest.fail, pytest.fail):
+    with claimed(path, "--checkpoint_path"):
         pass
 
 
@@ -290,14 +290,11 @@ def test_what_a_killed_run_has_left_is_removed(path):
 
 
 def test_what_another_run_is_writing_is_left_alone(path):
-    def refuse(_) -> None:
-        raise KeyError
-
-    with claimed(path, pytest.fail, pytest.fail):
+    with claimed(path, "--checkpoint_path"):
         temporary_path(path).write_bytes(b"half")
 
-        with pytest.raises(KeyError), claimed(path, pytest.fail, refuse):
-            pass
+        with pytest.raises(CheckpointError, match="another --checkpoint_path"):
+            claim(path)
 
         assert temporary_path(path).read_bytes() == b"half"
 
