@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +84,11 @@ def encode(text: str) -> np.ndarray:
         return encode_documents([text])[:-1]
 
     return tokens.astype(TOKEN_TYPE)
+
+
+def decode(tokens: Iterable[int]) -> str:
+    """Turn token ids back into text; bytes that are no character become U+FFFD."""
+    return load_encoding().decode([int(token) for token in tokens])
 
 
 def encode_documents(texts: Sequence[str]) -> np.ndarray:

@@ -1,12 +1,13 @@
 """`--initial_checkpoint`: a run that begins with given weights."""
 
+import importlib
 import os
 
 import pytest
 import torch
-from conftest import assert_same, assert_same_run, finish, launch
+from conftest import ROOT, assert_same, assert_same_run, finish, launch
 
-from checkpoint import load_checkpoint, save_checkpoint
+from checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from model import GPT
 
 SIZES = {
@@ -125,7 +126,7 @@ def test_weights_that_cannot_be_read(small, initial, tmp_path, error_of, content
     assert str(initial) in line
 
 
-def test_model_in_a_notebook(initial):
+def test_model_in_a_notebook(initial, capsys):
     model = GPT.load(initial)
     x = torch.arange(20)[None]
 
@@ -133,5 +134,21 @@ def test_model_in_a_notebook(initial):
     assert_same(model.state_dict(), load_checkpoint(initial, ())["model"])
     assert model(x).shape == (1, 20, 50257)
 
-    with pytest.raises(Exception, match="There is no checkpoint at nowhere.pt"):
+    with pytest.raises(CheckpointError, match="There is no checkpoint at nowhere.pt"):
         GPT.load("nowhere.pt")
+
+
+def test_lines_for_a_notebook_in_the_readme(initial, capsys):
+    section = (ROOT / "README.md").read_text().split("**In Python**")[1]
+    lines = section.split("```python\n")[1].split("```")[0]
+    assert len([line for line in lines.splitlines() if line and "import" not in line]) <= 5
+
+    exec(lines.replace("out/checkpoint.pt", str(initial)), {})
+
+    # What generate.py makes of the same model, prompt and seed.
+    script = importlib.import_module("generate")
+    written = capsys.readouterr().out
+    argv = [f"--checkpoint_path={initial}", "--prompt=def fibonacci(", "--lora_path="]
+    options = ["--max_tokens=60", "--temperature=0.8", "--seed=6", "--precision=fp32"]
+    assert script.main([*argv, *options, "--device=cpu"]) == 0
+    assert capsys.readouterr().out == f"def fibonacci({written}"
