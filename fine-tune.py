@@ -37,6 +37,7 @@ from data import InstructionBatches, ordered_batches
 from devices import PRECISIONS, compile_model, product_format, sum_of_rates
 from distributed import World
 from lora import add_lora, check_rank, lora_state_dict
+from metrics import picture_path
 from model import GPT
 from optimizers import Optimizers, Schedule
 from rows import Examples, RowSource, load_examples, parse_row_source
@@ -405,7 +406,8 @@ def conclude(args: Namespace, trainer: Trainer, before: float) -> None:
         f"Done:   {row['tokens']:,} tokens in {row['seconds'] / 60:.1f} minutes. Test loss"
         f" {row['test_loss']:.3f} nats a token of the answers, from {before:.3f}."
     )
-    print(f"Files:  {args.checkpoint_path}, {args.metrics_path}")
+    picture = picture_path(Path(args.metrics_path))
+    print(f"Files:  {args.checkpoint_path}, {args.metrics_path}, {picture}")
     print(f"Next:   python {shlex.join(speak)}")
 
 

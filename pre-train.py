@@ -33,6 +33,7 @@ from checkpoint import MODEL_KEYS, CheckpointWriter, build_model, load_checkpoin
 from corpus import Corpus, Sources, gather, open_datasets, parse_sources, report_losses
 from devices import compile_model, peak_memory, product_format, sum_of_rates
 from distributed import World
+from metrics import picture_path
 from model import GPT, check_sizes
 from optimizers import Optimizers, Schedule
 from planning import describe_plan, make_plan
@@ -662,7 +663,8 @@ def conclude(args: Namespace, trainer: Trainer) -> None:
         f" {row['test_loss']:.3f} nats a token, from {math.log(VOCABULARY_SIZE):.3f} for a guess:"
         f" as unsure as between {row['perplexity']:,.0f} tokens instead of {VOCABULARY_SIZE:,}."
     )
-    print(f"Files:  {args.checkpoint_path}, {args.metrics_path}")
+    picture = picture_path(Path(args.metrics_path))
+    print(f"Files:  {args.checkpoint_path}, {args.metrics_path}, {picture}")
 
     longer = shlex.join([*sys.argv, "--resume", f"--num_epochs={2 * args.num_epochs}"])
     speak = ["generate.py"]
