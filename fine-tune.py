@@ -390,7 +390,7 @@ def describe(
 
 def conclude(args: Namespace, trainer: Trainer, before: float) -> None:
     """Say what was learned, and which command comes next."""
-    row = trainer.metrics[-1]
+    row, picture = trainer.metrics[-1], picture_path(Path(args.metrics_path))
     speak = ["generate.py"]
 
     defaults = build_parser()
@@ -406,7 +406,6 @@ def conclude(args: Namespace, trainer: Trainer, before: float) -> None:
         f"Done:   {row['tokens']:,} tokens in {row['seconds'] / 60:.1f} minutes. Test loss"
         f" {row['test_loss']:.3f} nats a token of the answers, from {before:.3f}."
     )
-    picture = picture_path(Path(args.metrics_path))
     print(f"Files:  {args.checkpoint_path}, {args.metrics_path}, {picture}")
     print(f"Next:   python {shlex.join(speak)}")
 

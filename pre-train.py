@@ -656,14 +656,13 @@ def evaluate(args: Namespace, sources: Sources, world: World) -> int:
 
 def conclude(args: Namespace, trainer: Trainer) -> None:
     """Say what was learned, and which command comes next."""
-    row = trainer.metrics[-1]
+    row, picture = trainer.metrics[-1], picture_path(Path(args.metrics_path))
 
     print(
         f"Done:   {row['tokens']:,} tokens in {row['seconds'] / 60:.1f} minutes. Test loss"
         f" {row['test_loss']:.3f} nats a token, from {math.log(VOCABULARY_SIZE):.3f} for a guess:"
         f" as unsure as between {row['perplexity']:,.0f} tokens instead of {VOCABULARY_SIZE:,}."
     )
-    picture = picture_path(Path(args.metrics_path))
     print(f"Files:  {args.checkpoint_path}, {args.metrics_path}, {picture}")
 
     longer = shlex.join([*sys.argv, "--resume", f"--num_epochs={2 * args.num_epochs}"])
