@@ -415,7 +415,7 @@ distributed.PATIENCE = 0.5
     assert torch.load(group.folder / "checkpoint.pt", weights_only=True)["position"] == 10
 
 
-@pytest.mark.parametrize("place", ["script.open_data", "script.build_trainer"])
+@pytest.mark.parametrize("place", ["script.open_all", "script.build_trainer"])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_error_at_the_start_ends_all_and_is_told_alone(run, place, rank):
     fault = f"""

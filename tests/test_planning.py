@@ -13,6 +13,7 @@ import planning
 from loss import output_memory
 from model import GPT
 from planning import Plan, attention_kernel, count_parameters, kept_memory, time_updates
+from preparation import load_or_prepare, parse_source
 from training import StopSignal
 
 SIZES = {
@@ -148,14 +149,16 @@ def test_dry_run_of_a_resumed_run_counts_what_is_left(
 
 
 @pytest.mark.parametrize("batches", [1, 2])
-def test_memory_of_a_run_is_what_was_foretold(small, batches):
+def test_memory_of_a_run_is_what_was_foretold(small, text_folder, dataset_path, batches):
+    # Who prepares text has more memory from then on, and one of the two would do so alone.
+    load_or_prepare(parse_source(str(text_folder))[0], dataset_path, 1)
     argv = small(
         "--block_size=64",
         "--embedding_dimensions=64",
-        "--num_hidden_layers=8",
-        "--batch_size=48",
+        "--num_hidden_layers=32",
+        "--batch_size=24",
         f"--gradient_accumulation_steps={batches}",
-        f"--samples_per_epoch={2 * 48 * batches}",
+        f"--samples_per_epoch={2 * 24 * batches}",
         "--num_epochs=1",
     )
     output, _ = run_and_measure([*argv, "--dry_run"])

@@ -847,10 +847,10 @@ def test_out_of_memory_tells_what_fits(
             context.setattr(training.Trainer, "device", torch.device("cpu"))
             told.append(self.advise_on_memory())
 
-        return finish_saving(self)
+        return finish_files(self)
 
-    finish_saving = session.Session.finish_saving
-    monkeypatch.setattr(session.Session, "finish_saving", finish)
+    finish_files = session.Session.finish_files
+    monkeypatch.setattr(session.Session, "finish_files", finish)
     flags = (f"--batch_size={batch_size}", f"--samples_per_epoch={2 * batch_size}")
 
     assert pre_train.main(small(*flags, "--num_epochs=1")) == 0

@@ -105,7 +105,7 @@ def test_process_that_is_killed_is_started_again(small, tmp_path):
     finished(Group(small("--num_epochs=1", out=right), 1, right))
 
     # The first time before the run has begun.
-    patch = kill_once(right / "first", 1, 0, "script.open_data")
+    patch = kill_once(right / "first", 1, 0, "script.open_all")
     patch += kill_once(right / "second", 1, 12)
     options = ("--standalone", "--max-restarts=2")
     status, output, errors = finish(

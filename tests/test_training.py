@@ -15,7 +15,7 @@ from test_model import counterparts, hugging_face_pair
 from torch import nn
 
 import devices
-from devices import compile_model, own_device, resolve_device, resolve_precision
+from devices import DeviceError, compile_model, own_device, resolve_device, resolve_precision
 from distributed import World
 from model import GPT
 from optimizers import Optimizers, Schedule
@@ -329,7 +329,7 @@ def test_device_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert resolve_device(None).type in ("cpu", "mps")
 
-    with pytest.raises(TrainingError, match="no CUDA device was found; --device=cpu"):
+    with pytest.raises(DeviceError, match="no CUDA device was found; --device=cpu"):
         resolve_device("cuda")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
