@@ -253,7 +253,14 @@ def comment_of(checksum: int) -> bytes:
 
 
 def write_archive(file: SummedFile, state: dict) -> None:
-    """Write a state as torch.save does, and raise OSError where that hides one."""
+    """Write a state as torch.save does, and raise OSError where that hides one.
+
+    The checksums that PyTorch gives each tensor, and never looks at, would take as long as all the
+    rest; the one at the end of the file holds for every byte.
+    """
+    has_checksums = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+
     try:
         torch.save(state, file)
     except RuntimeError as error:
@@ -262,6 +269,8 @@ def write_archive(file: SummedFile, state: dict) -> None:
             raise error.__context__ from None
 
         raise
+    finally:
+        torch.serialization.set_crc32_options(has_checksums)
 
 
 def duplicate(source: Path, target: Path) -> None:
