@@ -59,7 +59,7 @@ class CheckpointWriter:
             CheckpointError: when it cannot be written, or belongs to another run.
         """
         self.check_owner()
-        can_wait = 2 * num_bytes(state) < available_memory()
+        can_wait = can_copy(state)
 
         try:
             self.wait()
@@ -98,6 +98,11 @@ class CheckpointWriter:
 
         if pending:
             pending.result()
+
+
+def can_copy(state: dict | list) -> bool:
+    """Tell whether memory holds a copy of a state, and as much again."""
+    return 2 * num_bytes(state) < available_memory()
 
 
 def copy_to_cpu(value):

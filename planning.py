@@ -2,6 +2,7 @@
 
 import math
 import statistics
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,22 +12,26 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from checkpoint import can_copy, copy_to_cpu
 from devices import (
     PRECISIONS,
     autocast,
     library_memory,
     matmul_rate,
+    num_bytes,
     peak_memory,
     synchronize,
     whole_memory,
 )
-from distributed import own_part
+from distributed import own_part, whole
 from loss import output_memory
 from model import GPT
 from training import Step, StopSignal, Trainer
 
 # Updates are timed for so many seconds, or once.
 TIMED_SECONDS = 5.0
+# Bytes of a checkpoint that are written in a second, beside training that has all cores busy.
+WRITING_RATE = 4e8
 
 
 @dataclass
@@ -37,8 +42,9 @@ class Plan:
         libraries: what there is without a model.
         activations: what a micro-batch keeps for its backward pass.
         loss: the gradient that is made together with the loss, and the buffers for that.
-        peak: the most at a time, as measured. The parts add up to more where an update has a
-            single micro-batch: gradients then come while activations go.
+        peak: the most at a time, as measured, with the copy that a checkpoint is written from. The
+            parts need not add up to it: with a single micro-batch in an update, gradients come
+            while activations go.
         available: what this process could have in all; infinite where nobody knows.
         start: seconds of the first update, with all that is compiled for it.
         update: seconds of any other one.
@@ -84,8 +90,9 @@ def make_plan(
 
     with StopSignal() as stop:
         start = seconds_of(device, trainer.take_step, micro_batches[:1], stop)
-        # From now on there is the state of the optimizer, and the second micro-batch meets the
+        # From now on there is the state of the optimizer. The second micro-batch meets the
         # gradients of the first.
+        hold_copy(trainer)
         trainer.take_step(micro_batches[:2], stop)
         peak = peak_memory(device)
         update = time_updates(trainer, micro_batches, stop)
@@ -113,6 +120,15 @@ def make_plan(
         update=update,
         test=test,
     )
+
+
+def hold_copy(trainer: Trainer) -> None:
+    """Hold a copy of a checkpoint, as the first process does while it writes one."""
+    state = whole([trainer.model.state_dict(), trainer.optimizers.state_dict()])
+
+    if trainer.world.is_first and can_copy(state):
+        copy = copy_to_cpu(state)
+        threading.Timer(num_bytes(copy) / WRITING_RATE, copy.clear).start()
 
 
 def seconds_of(device: torch.device, function: Callable, *args) -> float:
