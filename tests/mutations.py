@@ -628,7 +628,9 @@ def attempt(mutation: Mutation) -> bool:
 
 
 def has_failures(folder: Path, name: str, expression: str) -> bool:
-    command = [sys.executable, "-m", "pytest", "-x", "-n", "0", f"tests/{name}.py"]
+    # Those side by side would clear up each other's folders.
+    options = ["-x", "-n", "0", f"--basetemp={folder.parent / 'tests'}"]
+    command = [sys.executable, "-m", "pytest", *options, f"tests/{name}.py"]
 
     try:
         result = subprocess.run(
