@@ -409,12 +409,11 @@ def verify_checksum(path: Path) -> None:
             raise CheckpointError(f"{path} is damaged, or not of this project.{hint}")
 
 
-def build_model(state: dict, path: Path, block_size: int | None = None) -> GPT:
+def build_model(state: dict, path: Path) -> GPT:
     """Build the network of a checkpoint, with its weights.
 
     Args:
         state: what load_checkpoint has read from path.
-        block_size: of a network that is to read shorter texts, by the first of its positions.
 
     Raises:
         CheckpointError: when it belongs to another tokenizer, or makes no model.
@@ -428,7 +427,6 @@ def build_model(state: dict, path: Path, block_size: int | None = None) -> GPT:
             model = GPT(**state["model_args"])
 
         model.load_state_dict(state["model"], assign=True)
-        model.crop(block_size or model.block_size)
     except (TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"{path} makes no model: {' '.join(str(error).split())[:200]}"
@@ -439,9 +437,9 @@ def build_model(state: dict, path: Path, block_size: int | None = None) -> GPT:
     return model
 
 
-def load_model(path: Path, block_size: int | None = None) -> GPT:
+def load_model(path: Path) -> GPT:
     """Read the network of a checkpoint, as load_checkpoint and build_model do."""
-    return build_model(load_checkpoint(path, MODEL_KEYS), path, block_size)
+    return build_model(load_checkpoint(path, MODEL_KEYS), path)
 
 
 def check_finite(weights: dict[str, Tensor], path: Path) -> None:

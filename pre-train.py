@@ -371,12 +371,7 @@ def check_modes(args: Namespace) -> None:
             )
 
 
-def run(
-    args: Namespace,
-    sources: Sources,
-    world: World,
-    writer: CheckpointWriter,
-) -> int:
+def run(args: Namespace, sources: Sources, world: World, writer: CheckpointWriter) -> int:
     if args.eval_only:
         return evaluate(args, sources, world)
 
@@ -449,15 +444,29 @@ def read_initial_weights(args: Namespace, checkpoint: dict) -> dict[str, Tensor]
         adopt_sizes(args, checkpoint["model_args"], path)
         return {}
 
-    state = load_checkpoint(path, MODEL_KEYS)
-    adopt_sizes(args, state["model_args"], path)
+    return read_model(args, path).state_dict()
 
-    return build_model(state, path, args.block_size).state_dict()
+
+def read_model(args: Namespace, path: Path) -> GPT:
+    """Read the model of a checkpoint, for windows that may be shorter than its own.
+
+    Sizes that were not given become its own.
+
+    Raises:
+        CheckpointError: when it cannot be read.
+        UsageError: when other sizes were given.
+    """
+    state = load_checkpoint(path, MODEL_KEYS)
+    model = build_model(state, path)
+    adopt_sizes(args, state["model_args"], path)
+    model.crop(args.block_size)
+
+    return model
 
 
 def adopt_sizes(args: Namespace, model_args: dict, path: Path) -> None:
     """Put the sizes of a model into the arguments; raise UsageError where others were given."""
-    args.bias = model_args["bias"]
+    args.bias = model_args.get("bias", False)
 
     for flag in SIZES:
         size, wanted = model_args[flag], getattr(args, flag)
@@ -636,16 +645,14 @@ def estimate(
 
 def evaluate(args: Namespace, sources: Sources, world: World) -> int:
     """Print how well a checkpoint predicts text."""
-    path = Path(args.checkpoint_path)
-    state = load_checkpoint(path, MODEL_KEYS)
-    adopt_sizes(args, state["model_args"], path)
+    model = read_model(args, Path(args.checkpoint_path))
     args.seed = 0
 
     if args.precision == "auto":
         args.precision = choose_precision(world)
 
     trainer = build_trainer(args, world)
-    load_weights(trainer.model.state_dict(), build_model(state, path, args.block_size).state_dict())
+    load_weights(trainer.model.state_dict(), model.state_dict())
     datasets = open_all(args, sources, world)
     describe_model(args, trainer)
     describe_device(args, trainer, "not compiled")

@@ -144,3 +144,13 @@ def test_checkpoint_without_an_optimizer_is_enough(pre_train, small, tmp_path, c
     assert pre_train.main(look(small)) == 0
     ((loss, *_),) = numbers_of(capsys.readouterr().out).values()
     assert loss == pytest.approx(math.log(50257), abs=0.1)
+
+
+@pytest.mark.parametrize("args", [{}, {"block_size": 16}, {"vocabulary_size": 5}])
+def test_model_that_is_none(small, tmp_path, error_of, args):
+    state = {"format_version": 1, "encoding": "r50k_base", "model_args": args, "model": {}}
+    save_checkpoint(tmp_path / "checkpoint.pt", state)
+
+    status, line = error_of(look(small))
+    assert status == 1
+    assert "makes no model" in line
