@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from curves import perplexity
 from data import EvaluationWindows, SampleStream, resolve_weights
 from distributed import World
 from preparation import Source, load_or_prepare, parse_source
 from token_files import TokenDataset
+from tokenizer import DataError
 from training import StopSignal, Trainer
 
 # Sources as `--dataset` names them, with their weights, if any.
@@ -105,6 +107,21 @@ def gather(datasets: list[TokenDataset], sources: Sources, block_size: int, seed
     )
 
 
+def windows_of(dataset: TokenDataset, block_size: int, is_all: bool) -> list[EvaluationWindows]:
+    """Return all windows of a source's test split, or of each split that has any.
+
+    Raises:
+        DataError: when there is none.
+    """
+    splits = [dataset.test, dataset.train] if is_all else [dataset.test]
+    long = [split for split in splits if len(split) > block_size]
+
+    try:
+        return [EvaluationWindows(split, block_size, None) for split in long or splits]
+    except DataError as error:
+        raise DataError(f"{dataset.name}: {error}") from None
+
+
 def report_losses(
     trainer: Trainer, datasets: list[TokenDataset], batch_size: int, is_all: bool
 ) -> None:
@@ -118,10 +135,10 @@ def report_losses(
     Raises:
         Interrupted: when a signal has come.
     """
+    windows = [windows_of(dataset, trainer.model.block_size, is_all) for dataset in datasets]
+
     with StopSignal() as stop:
-        for dataset in datasets:
-            splits = [dataset.test, dataset.train] if is_all else [dataset.test]
-            parts = [EvaluationWindows(split, trainer.model.block_size, None) for split in splits]
+        for dataset, parts in zip(datasets, windows, strict=True):
             batches = itertools.chain(*(part.batches(batch_size) for part in parts))
             loss = trainer.evaluate(batches, stop)
             num_tokens = sum(part.num_targets for part in parts)
@@ -130,6 +147,6 @@ def report_losses(
 
             print(
                 f"Loss:   {dataset.name}, {loss:.4f} nats a token, perplexity"
-                f" {math.exp(loss):,.2f}, {bits:.4f} bits a byte; {num_tokens:,} tokens,"
+                f" {perplexity(loss):,.2f}, {bits:.4f} bits a byte; {num_tokens:,} tokens,"
                 f" {num_bytes:,} bytes"
             )

@@ -350,9 +350,14 @@ def loss_text(loss: float) -> str:
 
 
 def perplexity_text(loss: float) -> str:
-    perplexity = math.exp(min(loss, 700.0))
+    value = perplexity(loss)
 
-    return f"{perplexity:,.1f}" if perplexity < 1e6 else f"{perplexity:.3g}"
+    return f"{value:,.1f}" if value < 1e6 else f"{value:.3g}"
+
+
+def perplexity(loss: float) -> float:
+    """Return exp(loss), as far as there are numbers."""
+    return math.exp(min(loss, 700.0))
 
 
 def shorten(name: str, limit: int) -> str:

@@ -103,7 +103,9 @@ class MetricsFile:
 
 def picture_path(metrics_path: Path) -> Path:
     """Return where the curves of a table are drawn."""
-    return metrics_path.parent / f"{metrics_path.stem}.svg"
+    name = metrics_path.name.removesuffix(".csv")
+
+    return metrics_path.parent / f"{name}.svg"
 
 
 @contextlib.contextmanager

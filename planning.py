@@ -67,7 +67,7 @@ class Plan:
         """Return how many samples fit at a time, as activations grow with their number."""
         room = self.available - (self.peak - self.activations)
 
-        return max(0.0, room // (self.activations / batch_size))
+        return max(0.0, room // (max(1, self.activations) / batch_size))
 
 
 def make_plan(
@@ -102,24 +102,33 @@ def make_plan(
     gradient, buffers = output_memory(
         model.token_embeddings.weight, micro_batches[0][1].numel(), PRECISIONS[trainer.precision]
     )
+    kept = kept_memory(trainer, micro_batches[0])
+    available = whole_memory(device)
 
     if device.type == "cuda":
         libraries = library_memory(device)
         peak += libraries
+    else:
+        available /= trainer.world.local_size
 
-    return Plan(
+    plan = Plan(
         libraries=libraries,
         weights=sum(own_part(weight).nbytes for weight in weights),
         gradients=sum(own_part(weight).nbytes for weight in weights if weight.requires_grad),
         optimizer=trainer.optimizers.num_bytes,
-        activations=kept_memory(trainer, micro_batches[0]) - gradient,
+        activations=0,
         loss=gradient + buffers,
         peak=peak,
-        available=whole_memory(device),
+        available=available,
         start=start,
         update=update,
         test=test,
     )
+    others = plan.libraries + plan.weights + plan.gradients + plan.optimizer + plan.loss
+    # What cannot be measured is taken to be the rest.
+    plan.activations = max(0, peak - others if kept is None else kept - gradient)
+
+    return plan
 
 
 def hold_copy(trainer: Trainer) -> None:
@@ -128,7 +137,9 @@ def hold_copy(trainer: Trainer) -> None:
 
     if trainer.world.is_first and can_copy(state):
         copy = copy_to_cpu(state)
-        threading.Timer(num_bytes(copy) / WRITING_RATE, copy.clear).start()
+        timer = threading.Timer(num_bytes(copy) / WRITING_RATE, copy.clear)
+        timer.daemon = True
+        timer.start()
 
 
 def seconds_of(device: torch.device, function: Callable, *args) -> float:
@@ -144,7 +155,8 @@ def time_updates(trainer: Trainer, micro_batches: Step, stop: StopSignal) -> flo
     """Return the seconds of an update, from updates of one and of two of its micro-batches."""
     ones, twos = [], []
 
-    while not ones or sum(ones + twos) < TIMED_SECONDS:
+    # All processes take as many, whatever their clocks say.
+    while trainer.world.max(not ones or sum(ones + twos) < TIMED_SECONDS):
         for seconds, count in ((ones, 1), (twos, 2)):
             if count <= len(micro_batches):
                 part = micro_batches[:count]
@@ -157,9 +169,14 @@ def time_updates(trainer: Trainer, micro_batches: Step, stop: StopSignal) -> flo
     return one + max(0.0, further) * (len(micro_batches) - 1)
 
 
-def kept_memory(trainer: Trainer, micro_batch: tuple[int, Tensor, Tensor]) -> int:
-    """Return the bytes that a forward pass leaves for its backward pass."""
+def kept_memory(trainer: Trainer, micro_batch: tuple[int, Tensor, Tensor]) -> int | None:
+    """Return the bytes that a forward pass leaves for its backward pass; None if none can tell."""
     device, model = trainer.device, trainer.model
+
+    if device.type == "mps" or (device.type == "cpu" and trainer.world.has_sharded_weights):
+        return None
+
+    model.train()
     _, x, y = (part.to(device) if isinstance(part, Tensor) else part for part in micro_batch)
 
     def forward() -> Tensor:
@@ -283,7 +300,7 @@ def explain_precision(device: torch.device) -> str:
     if device.type == "cpu":
         ratio = matmul_rate(device, "bf16") / matmul_rate(device, "fp32")
 
-        return f"as bf16 multiplies {ratio:.1f} times as fast as fp32 here"
+        return f"as bf16 multiplies {ratio:.1f} times as fast as fp32 here (it takes 1.5)"
 
     return f"the safe one for {device.type}"
 

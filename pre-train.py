@@ -29,7 +29,7 @@ from arguments import (
     positive_float,
     positive_int,
 )
-from checkpoint import MODEL_KEYS, CheckpointWriter, build_model, load_checkpoint
+from checkpoint import MODEL_KEYS, CheckpointError, CheckpointWriter, build_model, load_checkpoint
 from corpus import Corpus, Sources, gather, open_datasets, parse_sources, report_losses
 from devices import compile_model, peak_memory, product_format, sum_of_rates
 from distributed import World
@@ -47,6 +47,7 @@ from session import (
     describe_device,
     describe_resume,
     is_finished,
+    recorded_by,
     run_script,
     written_by,
 )
@@ -159,8 +160,8 @@ def add_model_arguments(parser: Parser) -> None:
     )
     add(
         "--initial_checkpoint",
-        help="The path to a checkpoint whose weights the run begins with; sizes that are not given"
-        " are those of its model.",
+        help="The path to a checkpoint whose weights the run begins with; sizes that are not given,"
+        " or by a preset alone, are those of its model.",
     )
     add(
         "--block_size",
@@ -357,6 +358,9 @@ def check_modes(args: Namespace) -> None:
     """Raise ValueError where flags name two things to do, or a file to be read and written over."""
     modes = [f"--{name}" for name in ("eval_only", "dry_run", "resume") if getattr(args, name)]
 
+    if "eval_split" in args.given and not args.eval_only:
+        raise ValueError("--eval_split: it says what --eval_only reads, which is not given")
+
     if args.eval_only and len(modes) > 1:
         raise ValueError(f"{' and '.join(modes)}: give one of them")
 
@@ -364,17 +368,22 @@ def check_modes(args: Namespace) -> None:
         if args.eval_only:
             raise ValueError("--initial_checkpoint: --eval_only reads --checkpoint_path")
 
-        if Path(initial).resolve() in written_by(args.checkpoint_path):
-            raise ValueError(
-                f"--initial_checkpoint: {initial} would be moved aside; choose another"
-                " --checkpoint_path for the new run"
-            )
+        for flag, files in (
+            ("checkpoint_path", written_by(args.checkpoint_path)),
+            ("metrics_path", recorded_by(args.metrics_path)),
+        ):
+            if Path(initial).resolve() in files:
+                raise ValueError(
+                    f"--initial_checkpoint: {initial} would be written over; choose another"
+                    f" --{flag} for the new run"
+                )
 
 
 def run(args: Namespace, sources: Sources, world: World, writer: CheckpointWriter) -> int:
     if args.eval_only:
         return evaluate(args, sources, world)
 
+    libraries = peak_memory(world.device)
     args.bias = False
     is_chosen = args.precision == "auto"
     checkpoint = begin(args, world, ("model_args", "model"), args.dry_run)
@@ -396,7 +405,6 @@ def run(args: Namespace, sources: Sources, world: World, writer: CheckpointWrite
         return 0
 
     corpus = gather(open_all(args, sources, world), sources, args.block_size, args.seed)
-    libraries = peak_memory(world.device)
     trainer = build_trainer(args, world)
 
     if initial:
@@ -441,7 +449,7 @@ def read_initial_weights(args: Namespace, checkpoint: dict) -> dict[str, Tensor]
     path = Path(args.initial_checkpoint)
 
     if checkpoint:
-        adopt_sizes(args, checkpoint["model_args"], path)
+        adopt_sizes(args, checkpoint["model_args"], Path(args.checkpoint_path))
         return {}
 
     return read_model(args, path).state_dict()
@@ -458,6 +466,12 @@ def read_model(args: Namespace, path: Path) -> GPT:
     """
     state = load_checkpoint(path, MODEL_KEYS)
     model = build_model(state, path)
+
+    if model.vocabulary_size != VOCABULARY_SIZE:
+        raise CheckpointError(
+            f"{path} has {model.vocabulary_size} tokens, the {VOCABULARY_SIZE} of GPT-2 are needed."
+        )
+
     adopt_sizes(args, state["model_args"], path)
     model.crop(args.block_size)
 

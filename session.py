@@ -258,7 +258,10 @@ def run_script(
     try:
         world = World.from_environment()
         checked = check(args)
-        check_accumulation(args, world)
+
+        if not vars(args).get("eval_only"):
+            check_accumulation(args, world)
+
         device = resolve_device(args.device if "device" in given else None)
         world.device = own_device(device, world)
     except ValueError as error:

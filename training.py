@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from curves import perplexity
 from devices import autocast, first_that_fits
 from distributed import World, are_finite, clip_gradients, spread_like
 from metrics import SOURCE_LOSS
@@ -319,7 +320,7 @@ class Trainer:
             "tokens": self.tokens,
             "train_loss": self.loss_sum / self.num_steps,
             "test_loss": test_loss,
-            "perplexity": None if test_loss is None else math.exp(min(test_loss, 700.0)),
+            "perplexity": None if test_loss is None else perplexity(test_loss),
             "gradient_norm": self.norm_sum / self.num_steps,
             "learning_rate": self.schedule(self.step - 1),
             "tokens_per_second": rate,

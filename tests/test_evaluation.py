@@ -113,6 +113,7 @@ def test_it_writes_nothing(trained, pre_train, small, tmp_path):
         (["--resume"], 2, "--eval_only and --resume: give one of them"),
         (["--dry_run"], 2, "--eval_only and --dry_run: give one of them"),
         (["--initial_checkpoint=x.pt"], 2, "--initial_checkpoint: --eval_only reads "),
+        (["--eval_only=False", "--eval_split=all"], 2, "--eval_split: it says what --eval_only"),
         (["--checkpoint_path=missing.pt"], 1, "There is no checkpoint at missing.pt"),
     ],
 )
@@ -154,3 +155,33 @@ def test_model_that_is_none(small, tmp_path, error_of, args):
     status, line = error_of(look(small))
     assert status == 1
     assert "makes no model" in line
+
+
+def test_loss_beyond_all_perplexities(trained, pre_train, small, tmp_path, capsys):
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    state["model"]["norm.weight"] *= 1e6
+    save_checkpoint(tmp_path / "checkpoint.pt", state)
+
+    assert pre_train.main(look(small)) == 0
+    ((loss, perplexity, *_),) = numbers_of(capsys.readouterr().out).values()
+    assert loss > 700
+    assert perplexity > 1e300
+
+
+def test_all_of_a_source_whose_test_split_is_too_short(
+    trained, pre_train, small, dataset_path, tmp_path, capsys, error_of
+):
+    short = tmp_path / "short"
+    short.mkdir()
+
+    for number in range(12):
+        (short / f"{number}.txt").write_text("a cat")
+
+    argv = look(small, f"--dataset={short}")
+    argv.remove(next(arg for arg in argv if arg.startswith("--dataset=")))
+    assert pre_train.main([*argv, "--eval_split=all"]) == 0
+    assert numbers_of(capsys.readouterr().out)
+
+    status, line = error_of(argv)
+    assert status == 1
+    assert "short-" in line

@@ -106,12 +106,29 @@ def test_other_sizes_are_refused(small, initial, tmp_path, error_of, extra, mess
     assert f"{message}{initial} has " in line
 
 
-def test_weights_that_the_run_would_move_aside_are_refused(small, initial, error_of):
-    argv = flags(small, initial, f"--checkpoint_path={initial}", out=initial.parent)
-    status, line = error_of(argv)
+@pytest.mark.parametrize("flag", ["checkpoint_path", "metrics_path"])
+def test_weights_that_the_run_would_write_over_are_refused(small, initial, error_of, flag):
+    content = initial.read_bytes()
+    status, line = error_of(flags(small, initial, f"--{flag}={initial}", out=initial.parent))
 
     assert status == 2
-    assert line.endswith("choose another --checkpoint_path for the new run")
+    assert line.endswith(f"choose another --{flag} for the new run")
+    assert initial.read_bytes() == content
+
+
+def test_weights_of_another_vocabulary_are_refused(small, initial, tmp_path, error_of):
+    sizes = {**SIZES, "vocabulary_size": 100}
+    state = {
+        "format_version": 1,
+        "encoding": "r50k_base",
+        "model_args": sizes,
+        "model": GPT(**sizes).state_dict(),
+    }
+    save_checkpoint(initial, state)
+
+    status, line = error_of(flags(small, initial, out=tmp_path / "out"))
+    assert status == 1
+    assert f"{initial} has 100 tokens, the 50257 of GPT-2 are needed." in line
 
 
 @pytest.mark.parametrize("content", [None, b"", b"PK\x03\x04 and no more"])

@@ -14,6 +14,7 @@ from loss import output_memory
 from model import GPT
 from planning import Plan, attention_kernel, count_parameters, kept_memory, time_updates
 from preparation import load_or_prepare, parse_source
+from processes import Group
 from training import StopSignal
 
 SIZES = {
@@ -56,6 +57,21 @@ def test_kept_memory_is_what_the_backward_pass_reads():
     # Of a million numbers, x is there already; its copy in float32 and the square are kept.
     kept = kept_memory(trainer, (0, x, x))
     assert kept == pytest.approx(2 * 4 * x.numel(), abs=100)
+
+
+@pytest.mark.parametrize(("dropout", "recomputed"), [(0.1, False), (0.1, True), (0.0, True)])
+def test_kept_memory_is_that_of_training(dropout, recomputed):
+    kept = []
+
+    for options in ((0.0, False), (dropout, recomputed)):
+        model = GPT(**SIZES, dropout=options[0])
+        model.activation_checkpointing = options[1]
+        trainer = make_trainer(model.eval())
+        x = torch.zeros(8, 32, dtype=torch.int64)
+        kept.append(kept_memory(trainer, (0, x, x)) - model.token_embeddings.weight.nbytes)
+
+    # Dropout keeps what it has dropped; a block that is computed again keeps its input alone.
+    assert kept[1] < 0.5 * kept[0] if recomputed else kept[1] > 1.05 * kept[0]
 
 
 class Squares(nn.Module):
@@ -133,6 +149,22 @@ def test_dry_run_estimates_and_writes_nothing(pre_train, small, tmp_path, monkey
     assert re.search(r"Speed:  [0-9,]+ tokens/s", output)
     assert "in all: 9 updates of" in output
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("sharding", ["optimizer", "full"])
+def test_plan_of_processes_whose_clocks_differ(small, tmp_path, sharding):
+    patch = """
+import planning
+planning.TIMED_SECONDS = 1.0
+seconds_of = planning.seconds_of
+planning.seconds_of = lambda *args: seconds_of(*args) * (1 + 2 * rank)
+"""
+    argv = small("--dry_run", f"--sharding={sharding}", "--dropout=0.1")
+    tmp_path.joinpath("out").mkdir()
+    group = Group(argv, 2, tmp_path / "out", patch=patch)
+
+    assert group.wait() == [0, 0]
+    assert "is the largest that fits" in group.output()
 
 
 def test_dry_run_of_a_resumed_run_counts_what_is_left(
