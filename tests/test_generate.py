@@ -278,10 +278,16 @@ def test_on_a_terminal_it_asks_again_and_again(checkpoint, tmp_path):
 
 def test_ctrl_c_at_the_prompt_leaves_quietly(checkpoint, tmp_path):
     with on_terminal(checkpoint, tmp_path) as (process, terminal):
-        process.send_signal(signal.SIGINT)
+        # One that comes between the prompt and the wait for a key is not heard before the next.
+        while process.poll() is None:
+            process.send_signal(signal.SIGINT)
+
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=10)
+
         rest = read_until(terminal, b"no such end")
 
-        assert process.wait(timeout=60) == 130
+        assert process.returncode == 130
 
     assert b"Traceback" not in rest
 
