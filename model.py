@@ -148,6 +148,23 @@ class GPT(nn.Module):
 
         self.token_embeddings.weight[self.vocabulary_size :].zero_()
 
+    @torch.no_grad()
+    def look_back(self) -> None:
+        """Let the first block begin with heads that attend to the last tokens, one each.
+
+        What a model otherwise spends its first hundreds of updates on. Positions become sines and
+        cosines (Vaswani et al. 2017), of wavelengths from 2 to block_size, in as many dimensions as
+        a head has; there they outweigh the token embeddings at first.
+        """
+        attention, positions = self.blocks[0].attention, self.position_embeddings.weight
+        num_waves = positions.size(1) // attention.num_attention_heads // 2
+        frequencies = math.pi * (2 / self.block_size) ** torch.linspace(0, 1, num_waves)
+        angles = torch.arange(self.block_size)[:, None] * frequencies  # (T, K / 2)
+        waves = torch.polar(torch.full_like(angles, 0.2 * math.sqrt(2)), angles)
+        positions[:, : 2 * num_waves] = torch.view_as_real(waves).flatten(1)
+
+        attention.look_back(frequencies)
+
     def crop(self, block_size: int) -> None:
         """Shorten the context: the positions beyond block_size are given up."""
         positions = self.position_embeddings
@@ -235,6 +252,23 @@ class CausalSelfAttention(nn.Module):
         z = F.scaled_dot_product_attention(query, key, value, mask, is_causal=is_causal)
 
         return self.output(z.transpose(1, 2).flatten(2))  # from (B, H, T, K) to (B, T, D)
+
+    def look_back(self, frequencies: Tensor) -> None:
+        """Let head h attend to the token h + 1 places before, by waves in the first dimensions.
+
+        Its keys are the waves, and its queries the waves turned back by as many places.
+        """
+        num_dimensions, size = self.output.in_features, 2 * len(frequencies)
+        heads = self.query_key_value.weight.view(3, self.num_attention_heads, -1, num_dimensions)
+        scale = 1.5 * math.sqrt(heads.size(2) / num_dimensions)
+        heads[:2] = 0.0
+
+        for distance, (query, key, _) in enumerate(heads.transpose(0, 1), 1):
+            turn = torch.polar(torch.full_like(frequencies, scale), frequencies * distance)
+            identity = torch.eye(size)
+            pairs = torch.view_as_complex(identity.view(size, size // 2, 2))
+            query[:size, :size] = torch.view_as_real(pairs * turn).flatten(1)
+            key[:size, :size] = identity * scale
 
 
 class MLP(nn.Module):

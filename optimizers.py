@@ -1,6 +1,7 @@
 """What moves the weights: AdamW and Muon, on one process or shared out; the learning rate."""
 
 import functools
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,12 +33,7 @@ class Optimizers:
         dtype: torch.dtype = torch.float32,
         width: int | None = None,
     ):
-        embeddings = {
-            id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
-        }
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        hidden = [p for p in trained if p.ndim == 2 and id(p) not in embeddings]
-        rest = [p for p in trained if p.ndim == 2 and id(p) in embeddings]
+        kinds = weights_by_kind(model)
 
         self.parts: list[Optimizer] = []
         self.is_shared = world.size > 1 and not world.has_sharded_weights
@@ -45,14 +41,16 @@ class Optimizers:
         if world.size > 1:
             from sharding import ShardedMuon, SharedOptimizer
 
-        factor, betas = 1.0, (0.9, 0.95)
+        betas = (0.9, 0.95)
+        decays = dict.fromkeys(kinds, 0.0)
+        factors = dict.fromkeys(kinds, 1.0)
 
         if name == "muon":
             # Beside Muon the rest learns more with a shorter memory, see benchmarks/README.md.
             betas = (0.8, 0.95)
-            hidden_factor, factor = step_factors(width) if width else (1.0, 1.0)
-            groups = [{"params": hidden, "weight_decay": weight_decay, "factor": hidden_factor}]
-            hidden, weight_decay = [], 0.0
+            factors |= step_factors(width) if width else {}
+            hidden = kinds.pop("hidden")
+            groups = [{"params": hidden, "weight_decay": weight_decay, "factor": factors["hidden"]}]
 
             if world.has_sharded_weights:
                 self.parts.append(ShardedMuon(groups, dtype, world))
@@ -61,10 +59,12 @@ class Optimizers:
                 self.parts.append(SharedOptimizer(groups, muon, is_elementwise=False))
             else:
                 self.parts.append(Muon(groups, dtype))
+        else:
+            decays |= {kind: weight_decay for kind in kinds if kind != "vectors"}
 
         groups = [
-            {"params": hidden + rest, "weight_decay": weight_decay, "factor": factor},
-            {"params": [p for p in trained if p.ndim != 2], "weight_decay": 0.0, "factor": factor},
+            {"params": weights, "weight_decay": decays[kind], "factor": factors[kind]}
+            for kind, weights in kinds.items()
         ]
         options = {"betas": betas, "fused": world.device.type in ("cpu", "cuda")}
 
@@ -125,29 +125,64 @@ class Optimizers:
             raise ValueError(f"{len(states)} optimizers were saved, here are {len(self.parts)}")
 
         for part, state in zip(self.parts, states, strict=True):
-            # What is set by flags and by the device is that of this run.
-            chosen = [
-                {key: value for key, value in group.items() if key != "params"}
-                for group in part.param_groups
-            ]
+            state = {**state, "param_groups": regroup(state["param_groups"], part)}
             part.load_state_dict(spread(state, part) if isinstance(part, AdamW) else state)
 
-            for group, values in zip(part.param_groups, chosen, strict=True):
-                group.update(values)
+
+def regroup(saved: list[dict], optimizer: Optimizer) -> list[dict]:
+    """Divide saved weights among the groups of an optimizer, whose settings are those of this run.
+
+    Raises:
+        ValueError: when there are more weights, or fewer.
+    """
+    sizes = getattr(optimizer, "group_sizes", [len(g["params"]) for g in optimizer.param_groups])
+    num_saved = sum(len(group["params"]) for group in saved)
+
+    if num_saved != sum(sizes):
+        raise ValueError(f"the state of {num_saved} weights was saved, here are {sum(sizes)}")
+
+    numbers = iter(range(num_saved))
+
+    return [
+        {**group, "params": list(itertools.islice(numbers, size))}
+        for group, size in zip(optimizer.param_groups, sizes, strict=True)
+    ]
 
 
-def step_factors(width: int) -> tuple[float, float]:
-    """Return how far, in learning rates, a step goes in pre-training with Muon.
+def weights_by_kind(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Return the weights that are trained: hidden matrices, embeddings, positions and vectors."""
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    kinds = {kind: [] for kind in ("hidden", "embeddings", "positions", "vectors")}
+
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            if weight.ndim != 2:
+                kind = "vectors"
+            elif id(weight) not in tables:
+                kind = "hidden"
+            else:
+                kind = "positions" if name == "position_embeddings.weight" else "embeddings"
+
+            kinds[kind].append(weight)
+
+    return kinds
+
+
+def step_factors(width: int) -> dict[str, float]:
+    """Return how far, in learning rates, a step of each kind goes in pre-training with Muon.
 
     So that one rate, 5e-4, may serve any width D: what a layer puts out should change as much by a
     step in a wide model as in a narrow one (Yang et al. 2022, muP). An update of Muon with the root
     mean square of AdamW's stretches states by sqrt(D); one of AdamW moves logits, sums over D, by
-    D. Both constants are from runs at 128 wide, see benchmarks/README.md.
-
-    Returns:
-        The factor of the hidden matrices, and that of all other weights.
+    D. Positions begin as waves that are worth keeping. The constants are from runs at 128 wide, see
+    benchmarks/README.md.
     """
-    return 320 / math.sqrt(width), 5120 / width
+    return {
+        "hidden": 320 / math.sqrt(width),
+        "embeddings": 5120 / width,
+        "positions": 1280 / width,
+        "vectors": 5120 / width,
+    }
 
 
 def momentum(step: int) -> float:

@@ -530,6 +530,10 @@ def build_trainer(args: Namespace, world: World) -> Trainer:
 
     model = GPT(**model_args(args), dropout=args.dropout)
     model.activation_checkpointing = args.activation_checkpointing
+
+    if args.optimizer == "muon":
+        model.look_back()
+
     network = world.prepare(model, model.blocks)
 
     return Trainer(

@@ -1,5 +1,6 @@
 """The network against Hugging Face's GPT-2 and PyTorch's own modules."""
 
+import copy
 import math
 
 import pytest
@@ -158,6 +159,58 @@ def test_initial_scales():
     assert model.blocks[0].mlp.hidden.weight.std().item() == pytest.approx(0.02, rel=0.02)
     assert model.blocks[7].mlp.output.weight.std().item() == pytest.approx(0.005, rel=0.02)
     assert model.blocks[7].attention.output.weight.std().item() == pytest.approx(0.005, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("block_size", "width", "num_heads"), [(256, 128, 4), (64, 96, 3), (1024, 768, 12)]
+)
+def test_heads_look_back(block_size, width, num_heads):
+    """By a loop over positions and PyTorch's own product and softmax."""
+    torch.manual_seed(0)
+    model = GPT(300, block_size, width, num_heads, 2)
+    x = torch.randint(300, (block_size,))
+    model.look_back()
+
+    attention = model.blocks[0].attention
+    z = model.token_embeddings.weight[x] + model.position_embeddings.weight
+    z = F.layer_norm(z, (width,))
+    query, key, _ = (z @ attention.query_key_value.weight.T).split(width, dim=1)
+    size = width // num_heads
+
+    for head in range(num_heads):
+        own = slice(head * size, (head + 1) * size)
+
+        for position in range(num_heads, block_size, 7):
+            scores = key[: position + 1, own] @ query[position, own] / math.sqrt(size)
+            weights = torch.softmax(scores, dim=0)
+
+            assert weights.argmax() == position - head - 1
+            assert weights.max() > 0.3
+
+
+def test_looking_back_leaves_all_else_as_it_was():
+    torch.manual_seed(0)
+    model = GPT(300, 32, 48, 3, 2)
+    before = copy.deepcopy(model.state_dict())
+    model.look_back()
+    changed = {
+        name for name, weight in model.state_dict().items() if (weight != before[name]).any()
+    }
+
+    assert changed == {"position_embeddings.weight", "blocks.0.attention.query_key_value.weight"}
+    # The values, and the dimensions of positions that hold no wave.
+    name = "blocks.0.attention.query_key_value.weight"
+    assert torch.equal(model.state_dict()[name][96:], before[name][96:])
+    name = "position_embeddings.weight"
+    assert torch.equal(model.state_dict()[name][:, 16:], before[name][:, 16:])
+
+
+@pytest.mark.parametrize(("block_size", "width", "num_heads"), [(2, 8, 8), (8, 6, 2), (1, 4, 1)])
+def test_narrow_heads_and_short_contexts_may_look_back(block_size, width, num_heads):
+    model = GPT(300, block_size, width, num_heads, 1)
+    model.look_back()
+
+    assert torch.isfinite(model(torch.zeros(1, block_size, dtype=torch.int64))).all()
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

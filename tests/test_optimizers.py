@@ -58,10 +58,13 @@ def test_steps_go_by_the_width_of_the_model(first_step, momenta):
     expected = copy.deepcopy(model)
     optimizers = Optimizers(model, "muon", 0.1, World(), width=16)
     hidden = [p for p in expected.blocks.parameters() if p.ndim == 2]
-    rest = [p for p in expected.parameters() if id(p) not in {id(p) for p in hidden}]
+    positions = expected.position_embeddings.weight
+    known = {id(p) for p in [*hidden, positions]}
+    rest = [p for p in expected.parameters() if id(p) not in known]
+    groups = [{"params": rest, "lr": 320e-3}, {"params": [positions], "lr": 80e-3}]
     theirs = [
         Muon([{"params": hidden, "lr": 80e-3, "weight_decay": 0.1}], torch.float32),
-        torch.optim.AdamW(rest, lr=320e-3, betas=(0.8, 0.95), weight_decay=0.0),
+        torch.optim.AdamW(groups, betas=(0.8, 0.95), weight_decay=0.0),
     ]
 
     for number, momentum in enumerate(momenta):
