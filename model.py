@@ -154,17 +154,17 @@ class GPT(nn.Module):
 
         What a model otherwise spends its first hundreds of updates on. Positions become sines and
         cosines (Vaswani et al. 2017), of wavelengths from 2 to block_size, in as many dimensions as
-        a head has. Their root mean square of 50 / D keeps up with token embeddings, which training
-        moves further in a narrow model, see optimizers.step_factors.
+        a head has. Their root mean square, 25 / sqrt(D K), keeps up with token embeddings, which
+        training moves further in a narrow model, see optimizers.step_factors.
         """
         attention, positions = self.blocks[0].attention, self.position_embeddings.weight
         num_dimensions = positions.size(1)
-        num_waves = num_dimensions // attention.num_attention_heads // 2
-        frequencies = math.pi * (2 / self.block_size) ** torch.linspace(0, 1, num_waves)
+        head_size = num_dimensions // attention.num_attention_heads
+        frequencies = math.pi * (2 / self.block_size) ** torch.linspace(0, 1, head_size // 2)
         angles = torch.arange(self.block_size)[:, None] * frequencies  # (T, K / 2)
-        scale = 50 / num_dimensions * math.sqrt(2)
-        waves = torch.polar(torch.full_like(angles, scale), angles)
-        positions[:, : 2 * num_waves] = torch.view_as_real(waves).flatten(1)
+        scale = 25 * math.sqrt(2 / (num_dimensions * head_size))
+        waves = torch.view_as_real(torch.polar(torch.full_like(angles, scale), angles)).flatten(1)
+        positions[:, : waves.size(1)] = waves
 
         attention.look_back(frequencies)
 
