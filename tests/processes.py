@@ -109,7 +109,7 @@ def finished(group: Group, name: str = "checkpoint.pt") -> dict:
     return torch.load(group.folder / name, weights_only=True)
 
 
-def assert_close_runs(left: dict, right: dict, tolerance: float = 1e-5) -> None:
+def assert_close_runs(left: dict, right: dict) -> None:
     """Compare the checkpoints of runs on different numbers of processes."""
     assert left["position"] == right["position"]
     assert left["tokens"] == right["tokens"]
@@ -118,7 +118,7 @@ def assert_close_runs(left: dict, right: dict, tolerance: float = 1e-5) -> None:
         assert left[key].keys() == right[key].keys()
 
         for name, weight in left[key].items():
-            torch.testing.assert_close(right[key][name], weight, atol=tolerance, rtol=0)
+            torch.testing.assert_close(right[key][name], weight, atol=1e-5, rtol=0)
 
     for one, other in zip(left["optimizer"], right["optimizer"], strict=True):
         assert one["state"].keys() == other["state"].keys()

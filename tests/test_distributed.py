@@ -96,6 +96,10 @@ def test_place_is_read_from_the_environment(monkeypatch):
 
 CUT = "sharding.SharedOptimizer.MAX_SIZE = 100_000"
 
+# For so narrow a model the recipe takes 320 of them a step. Larger steps round more coarsely, above
+# all those of tokens that never occur, whose gradients add up to nothing over the waves.
+GENTLE = "--learning_rate=5e-6"
+
 # SIGTERM to the last process alone, inside an epoch.
 STOP = """
 take_step = training.Trainer.take_step
@@ -110,9 +114,9 @@ training.Trainer.take_step = stopping
 @pytest.mark.parametrize(
     ("flags", "sizes"),
     [
-        (["--optimizer=muon"], (2, 3, 4)),
+        (["--optimizer=muon", GENTLE], (2, 3, 4)),
         (["--optimizer=adamw", "--dropout=0.2"], (3,)),
-        (["--sharding=full", "--dropout=0.2", "--activation_checkpointing"], (3,)),
+        (["--sharding=full", "--dropout=0.2", "--activation_checkpointing", GENTLE], (3,)),
         (["--sharding=full", "--optimizer=adamw"], (2,)),
     ],
     ids=["muon", "adamw", "muon-full", "adamw-full"],
@@ -122,8 +126,7 @@ def test_any_number_of_processes_learns_the_same(run, flags, sizes):
     one = finished(run(1, *flags))
 
     for size in sizes:
-        # Steps of 0.16, the recipe's for so narrow a model, are rounded more coarsely.
-        assert_close_runs(one, finished(run(size, *flags)), tolerance=5e-5)
+        assert_close_runs(one, finished(run(size, *flags)))
 
 
 @pytest.mark.parametrize("sharding", ["optimizer", pytest.param("full", marks=pytest.mark.slow)])
@@ -218,11 +221,12 @@ stopping.is_done = rank == 0 and "Trainer" in "{place}"
     ],
 )
 def test_another_number_of_processes_goes_on(run, before, after, sharding):
-    flags = [f"--sharding={sharding}", "--dropout=0.2"]
-    run(before, *flags, name="other", patch=CUT + STOP).wait()
-    group = run(after, *flags, "--resume", name="other", patch=CUT)
+    flags = ["--dropout=0.2", GENTLE]
+    sharded = [*flags, f"--sharding={sharding}"]
+    run(before, *sharded, name="other", patch=CUT + STOP).wait()
+    group = run(after, *sharded, "--resume", name="other", patch=CUT)
 
-    assert_close_runs(finished(run(1, "--dropout=0.2")), finished(group))
+    assert_close_runs(finished(run(1, *flags)), finished(group))
     assert "Resume: epoch 3, update 12" in group.output()
 
 
@@ -248,7 +252,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 @pytest.mark.parametrize("sharding", ["optimizer", pytest.param("full", marks=pytest.mark.slow)])
 def test_compiled_network_on_two_processes(run, sharding):
-    flags = ["--compile=True", "--num_epochs=1"]
+    flags = ["--compile=True", "--num_epochs=1", GENTLE]
     group = run(2, *flags, f"--sharding={sharding}")
 
     assert_close_runs(finished(run(1, *flags)), finished(group))

@@ -57,7 +57,7 @@ def folders(tmp_path):
 
 
 def test_run_learns_records_and_concludes(pre_train, small, tmp_path, capsys):
-    assert pre_train.main(small("--num_epochs=8", "--learning_rate=1e-4")) == 0
+    assert pre_train.main(small("--num_epochs=8", "--learning_rate=3e-4")) == 0
 
     output = capsys.readouterr().out
     state = read(tmp_path / "checkpoint.pt")
