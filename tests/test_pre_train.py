@@ -82,6 +82,16 @@ def test_run_learns_records_and_concludes(pre_train, small, tmp_path, capsys):
     assert previous_path(tmp_path / "checkpoint.pt").exists()
 
 
+@pytest.mark.parametrize(("optimizer", "are_waves"), [("muon", True), ("adamw", False)])
+def test_first_weights_go_with_the_recipe(pre_train, small, tmp_path, optimizer, are_waves):
+    """A cosine and a sine lie on a circle; random numbers do not."""
+    pre_train.main(small("--num_epochs=1", "--learning_rate=1e-9", f"--optimizer={optimizer}"))
+    positions = read(tmp_path / "checkpoint.pt")["model"]["position_embeddings.weight"]
+    radii = positions[:, :2].norm(dim=1)
+
+    assert (radii.std() < 1e-4 * radii.mean()) == are_waves
+
+
 def test_checkpoint_holds_tensors_strings_and_numbers(pre_train, small, tmp_path):
     pre_train.main(small("--num_epochs=1"))
     state = read(tmp_path / "checkpoint.pt")
