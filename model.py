@@ -260,6 +260,10 @@ class CausalSelfAttention(nn.Module):
         """Let head h attend to the token h + 1 places before, by waves in the first dimensions.
 
         Its keys are the waves, and its queries the waves turned back by as many places.
+
+        Args:
+            frequencies: of the waves, in radians a place, (K / 2); dimensions 2 i and 2 i + 1 hold
+                the cosine and the sine of wave i.
         """
         num_dimensions, size = self.output.in_features, 2 * len(frequencies)
         heads = self.query_key_value.weight.view(3, self.num_attention_heads, -1, num_dimensions)

@@ -14,8 +14,8 @@ write to the residual stream smaller; AdamW with betas 0.9 and 0.95 and weight d
 matrices; warm-up over a tenth, cosine decay to a tenth, clipping at 1; windows with replacement.
 
 A large vocabulary is most of a small model's work. With --vocabulary_size=8192 the text is
-tokenized by the first merges of r50k_base alone, and a step takes a third of the time; losses are
-then nats per such token, and compare among themselves.
+tokenized by the first merges of r50k_base alone, and a step takes 0.37 of the time on a CPU; losses
+are then nats per such token, and compare among themselves.
 """
 
 import argparse
