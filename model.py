@@ -268,14 +268,14 @@ class CausalSelfAttention(nn.Module):
         num_dimensions, size = self.output.in_features, 2 * len(frequencies)
         heads = self.query_key_value.weight.view(3, self.num_attention_heads, -1, num_dimensions)
         scale = 1.5 * math.sqrt(heads.size(2) / num_dimensions)
-        heads[:2] = 0.0
+        identity = torch.eye(size) * scale
+        pairs = torch.view_as_complex(identity.view(size, size // 2, 2))
+        heads[:2, :, :size] = 0.0
 
         for distance, (query, key, _) in enumerate(heads.transpose(0, 1), 1):
-            turn = torch.polar(torch.full_like(frequencies, scale), frequencies * distance)
-            identity = torch.eye(size)
-            pairs = torch.view_as_complex(identity.view(size, size // 2, 2))
+            turn = torch.polar(torch.ones_like(frequencies), frequencies * distance)
             query[:size, :size] = torch.view_as_real(pairs * turn).flatten(1)
-            key[:size, :size] = identity * scale
+            key[:size, :size] = identity
 
 
 class MLP(nn.Module):

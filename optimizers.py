@@ -130,7 +130,7 @@ class Optimizers:
 
 
 def regroup(saved: list[dict], optimizer: Optimizer) -> list[dict]:
-    """Divide saved weights among the groups of an optimizer, whose settings are those of this run.
+    """Divide saved weights among the groups of an optimizer, which has the settings of this run.
 
     Raises:
         ValueError: when there are more weights, or fewer.
@@ -142,10 +142,13 @@ def regroup(saved: list[dict], optimizer: Optimizer) -> list[dict]:
         raise ValueError(f"the state of {num_saved} weights was saved, here are {sum(sizes)}")
 
     numbers = iter(range(num_saved))
+    shares = [list(itertools.islice(numbers, size)) for size in sizes]
+    # Weights go on with the steps that they began with, whatever step_factors says by now.
+    factors = [group.get("factor", 1.0) for group in saved for _ in group["params"]]
 
     return [
-        {**group, "params": list(itertools.islice(numbers, size))}
-        for group, size in zip(optimizer.param_groups, sizes, strict=True)
+        {**group, "params": share, "factor": factors[share[0]]}
+        for group, share in zip(optimizer.param_groups, shares, strict=True)
     ]
 
 

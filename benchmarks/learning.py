@@ -219,8 +219,11 @@ def main() -> None:
     parser.add_argument("--embedding_dimensions", type=int, default=256)
     parser.add_argument("--num_attention_heads", type=int, default=4)
     parser.add_argument("--num_hidden_layers", type=int, default=4)
-    parser.add_argument("flags", nargs="*", help="of pre-train.py, behind --")
-    args = parser.parse_args()
+    # Behind options argparse takes no list of positional arguments.
+    argv = [*sys.argv[1:], "--"]
+    end = argv.index("--")
+    args = parser.parse_args(argv[:end])
+    args.flags = argv[end + 1 : -1]
     tune_memory()
 
     source, _ = parse_source(args.text)

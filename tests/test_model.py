@@ -211,6 +211,8 @@ def test_narrow_heads_and_short_contexts_may_look_back(block_size, width, num_he
     model.look_back()
 
     assert torch.isfinite(model(torch.zeros(1, block_size, dtype=torch.int64))).all()
+    # A query and a key that are both zero have no gradient, and would stay so.
+    assert model.blocks[0].attention.query_key_value.weight.any(dim=1).all()
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

@@ -51,19 +51,25 @@ def test_every_weight_has_one_optimizer_and_its_decay():
 @pytest.mark.parametrize(
     ("first_step", "momenta"), [(0, (0.85, 0.85 + 1 / 3000, 0.85 + 2 / 3000)), (999, (0.95,) * 3)]
 )
-def test_steps_go_by_the_width_of_the_model(first_step, momenta):
+@pytest.mark.parametrize(
+    ("width", "hidden_rate", "rest_rate", "positions_rate"),
+    [(16, 80e-3, 320e-3, 80e-3), (64, 40e-3, 80e-3, 20e-3)],
+)
+def test_steps_go_by_the_width_of_the_model(
+    first_step, momenta, width, hidden_rate, rest_rate, positions_rate
+):
     """Against the same optimizers, one at a time, at rates and momenta made by hand."""
     torch.manual_seed(0)
-    model = GPT(300, 8, 16, 2, 1)
+    model = GPT(300, 8, width, 2, 1)
     expected = copy.deepcopy(model)
-    optimizers = Optimizers(model, "muon", 0.1, World(), width=16)
+    optimizers = Optimizers(model, "muon", 0.1, World(), width=width)
     hidden = [p for p in expected.blocks.parameters() if p.ndim == 2]
     positions = expected.position_embeddings.weight
     known = {id(p) for p in [*hidden, positions]}
     rest = [p for p in expected.parameters() if id(p) not in known]
-    groups = [{"params": rest, "lr": 320e-3}, {"params": [positions], "lr": 80e-3}]
+    groups = [{"params": rest, "lr": rest_rate}, {"params": [positions], "lr": positions_rate}]
     theirs = [
-        Muon([{"params": hidden, "lr": 80e-3, "weight_decay": 0.1}], torch.float32),
+        Muon([{"params": hidden, "lr": hidden_rate, "weight_decay": 0.1}], torch.float32),
         torch.optim.AdamW(groups, betas=(0.8, 0.95), weight_decay=0.0),
     ]
 
@@ -81,6 +87,19 @@ def test_steps_go_by_the_width_of_the_model(first_step, momenta):
 
     for left, right in zip(model.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(left, right)
+
+
+def test_weights_go_on_with_the_steps_that_they_began_with():
+    """A state of fewer groups, in which positions were stepped like the embeddings of tokens."""
+    model = GPT(300, 8, 16, 2, 1)
+    optimizers = Optimizers(model, "muon", 0.1, World(), width=16)
+    muon, adamw = optimizers.state_dict()
+    embeddings, positions, vectors = adamw["param_groups"]
+    merged = {**embeddings, "params": embeddings["params"] + positions["params"], "factor": 7.0}
+    optimizers.load_state_dict([muon, {**adamw, "param_groups": [merged, vectors]}])
+
+    assert [group["factor"] for group in optimizers.parts[1].param_groups] == [7.0, 7.0, 320.0]
+    assert [len(group["params"]) for group in optimizers.parts[1].param_groups] == [1, 1, 3]
 
 
 def test_frozen_weights_have_no_optimizer():
