@@ -188,6 +188,20 @@ def test_heads_look_back(block_size, width, num_heads):
             assert weights.max() > 0.3
 
 
+def test_positions_begin_as_waves():
+    """12 dimensions a head: six waves, of lengths from 2 to 64 in equal ratios."""
+    model = GPT(300, 64, 48, 4, 2)
+    model.look_back()
+    size = 25 * math.sqrt(2) / math.sqrt(48 * 12)
+
+    for position in range(64):
+        for number in range(6):
+            angle = 2 * math.pi * position / (2 * 2**number)
+            expected = size * torch.tensor([math.cos(angle), math.sin(angle)])
+            found = model.position_embeddings.weight[position, 2 * number : 2 * number + 2]
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
 def test_looking_back_leaves_all_else_as_it_was():
     torch.manual_seed(0)
     model = GPT(300, 32, 48, 3, 2)
