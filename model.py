@@ -154,8 +154,9 @@ class GPT(nn.Module):
 
         What a model otherwise spends its first hundreds of updates on. Positions become sines and
         cosines (Vaswani et al. 2017), of wavelengths from 2 to block_size, in as many dimensions as
-        a head has. Their root mean square, 25 / sqrt(D K), keeps up with token embeddings, which
-        training moves further in a narrow model, see optimizers.step_factors.
+        a head has; fewer than about 8 tell no distances apart. Their root mean square, 25 /
+        sqrt(D K), keeps up with token embeddings, which training moves further in a narrow model,
+        see optimizers.step_factors.
         """
         attention, positions = self.blocks[0].attention, self.position_embeddings.weight
         num_dimensions = positions.size(1)
@@ -259,7 +260,9 @@ class CausalSelfAttention(nn.Module):
     def look_back(self, frequencies: Tensor) -> None:
         """Let head h attend to the token h + 1 places before, by waves in the first dimensions.
 
-        Its keys are the waves, and its queries the waves turned back by as many places.
+        Its keys are the waves, and its queries the waves turned back by as many places. Where waves
+        outweigh the tokens, as they do up to some 768 dimensions, scores differ by up to 2.25
+        sqrt(K) of a head's K dimensions; wider models begin less sharply, which loses nothing.
 
         Args:
             frequencies: of the waves, in radians a place, (K / 2); dimensions 2 i and 2 i + 1 hold
