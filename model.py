@@ -262,7 +262,8 @@ class CausalSelfAttention(nn.Module):
 
         Its keys are the waves, and its queries the waves turned back by as many places. Where waves
         outweigh the tokens, as they do up to some 768 dimensions, scores differ by up to 2.25
-        sqrt(K) of a head's K dimensions; wider models begin less sharply, which loses nothing.
+        sqrt(K) of a head's K dimensions. Wider models begin less sharply; at 1,024 dimensions a
+        short run learned less with sharper scores, see benchmarks/README.md.
 
         Args:
             frequencies: of the waves, in radians a place, (K / 2); dimensions 2 i and 2 i + 1 hold
