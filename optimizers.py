@@ -49,8 +49,11 @@ class Optimizers:
             # Beside Muon the rest learns more with a shorter memory, see benchmarks/README.md.
             betas = (0.8, 0.95)
             factors |= step_factors(width) if width else {}
-            hidden = kinds.pop("hidden")
-            groups = [{"params": hidden, "weight_decay": weight_decay, "factor": factors["hidden"]}]
+            groups = [
+                {"params": matrices, "weight_decay": weight_decay, "factor": factors.get(kind, 1.0)}
+                for kind, matrices in by_direction(model, kinds.pop("hidden")).items()
+                if matrices
+            ]
 
             if world.has_sharded_weights:
                 self.parts.append(ShardedMuon(groups, dtype, world))
@@ -125,31 +128,44 @@ class Optimizers:
             raise ValueError(f"{len(states)} optimizers were saved, here are {len(self.parts)}")
 
         for part, state in zip(self.parts, states, strict=True):
-            state = {**state, "param_groups": regroup(state["param_groups"], part)}
+            state = regroup(state, part)
             part.load_state_dict(spread(state, part) if isinstance(part, AdamW) else state)
 
 
-def regroup(saved: list[dict], optimizer: Optimizer) -> list[dict]:
+def regroup(saved: dict, optimizer: Optimizer) -> dict:
     """Divide saved weights among the groups of an optimizer, which has the settings of this run.
 
     Raises:
         ValueError: when there are more weights, or fewer.
     """
+    groups = saved["param_groups"]
     sizes = getattr(optimizer, "group_sizes", [len(g["params"]) for g in optimizer.param_groups])
-    num_saved = sum(len(group["params"]) for group in saved)
+    num_saved = sum(len(group["params"]) for group in groups)
 
     if num_saved != sum(sizes):
         raise ValueError(f"the state of {num_saved} weights was saved, here are {sum(sizes)}")
 
+    order = list(range(num_saved))
+
+    # Runs that began when Muon stepped all matrices alike have them in the order of the network, by
+    # turns one that reads the residual stream and one that writes to it.
+    if "momentum" in groups[0] and len(groups) < len(sizes):
+        order = order[::2] + order[1::2]
+
+    # Weights go on with the steps that they began with, whatever step_factors says by now.
+    factors = [group.get("factor", 1.0) for group in groups for _ in group["params"]]
     numbers = iter(range(num_saved))
     shares = [list(itertools.islice(numbers, size)) for size in sizes]
-    # Weights go on with the steps that they began with, whatever step_factors says by now.
-    factors = [group.get("factor", 1.0) for group in saved for _ in group["params"]]
 
-    return [
-        {**group, "params": share, "factor": factors[share[0]]}
-        for group, share in zip(optimizer.param_groups, shares, strict=True)
-    ]
+    return {
+        "state": {
+            new: saved["state"][old] for new, old in enumerate(order) if old in saved["state"]
+        },
+        "param_groups": [
+            {**group, "params": share, "factor": factors[order[share[0]]]}
+            for group, share in zip(optimizer.param_groups, shares, strict=True)
+        ],
+    }
 
 
 def weights_by_kind(model: nn.Module) -> dict[str, list[nn.Parameter]]:
@@ -171,17 +187,30 @@ def weights_by_kind(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     return kinds
 
 
+def by_direction(model: nn.Module, matrices: Iterable[Tensor]) -> dict[str, list[Tensor]]:
+    """Divide hidden matrices into those that write to the residual stream and the others."""
+    writers = {id(w) for name, w in model.named_parameters() if name.endswith("output.weight")}
+    kinds = {"hidden": [], "residual": []}
+
+    for matrix in matrices:
+        kinds["residual" if id(matrix) in writers else "hidden"].append(matrix)
+
+    return kinds
+
+
 def step_factors(width: int) -> dict[str, float]:
     """Return how far, in learning rates, a step of each kind goes in pre-training with Muon.
 
     So that one rate, 5e-4, may serve any width D: what a layer puts out should change as much by a
     step in a wide model as in a narrow one (Yang et al. 2022, muP). An update of Muon with the root
     mean square of AdamW's stretches states by sqrt(D); one of AdamW moves logits, sums over D, by
-    D. Positions begin as waves that are worth keeping. The constants are from runs at 128 wide, see
-    benchmarks/README.md.
+    D. So the embeddings that begin the residual stream move less in wide models, and what is added
+    to it has to grow as slowly, or it drowns them. Positions begin as waves that are worth keeping.
+    The constants are from runs at 128 to 512 wide, see benchmarks/README.md.
     """
     return {
         "hidden": 320 / math.sqrt(width),
+        "residual": 10240 / width**1.5,
         "embeddings": 5120 / width,
         "positions": 1280 / width,
         "vectors": 5120 / width,

@@ -44,37 +44,45 @@ def test_every_weight_has_one_optimizer_and_its_decay():
         assert found == sorted(names.values())
         assert decayed == (matrices if optimizer == "adamw" else hidden)
 
-    muon, _ = optimizers
-    assert {names[id(p)] for p in muon.param_groups[0]["params"]} == hidden
+    read, written = ({names[id(p)] for p in g["params"]} for g in optimizers[0].param_groups)
+    assert read | written == hidden
+    assert written == {name for name in hidden if name.endswith("output.weight")}
 
 
 @pytest.mark.parametrize(
     ("first_step", "momenta"), [(0, (0.85, 0.85 + 1 / 3000, 0.85 + 2 / 3000)), (999, (0.95,) * 3)]
 )
 @pytest.mark.parametrize(
-    ("width", "hidden_rate", "rest_rate", "positions_rate"),
-    [(16, 80e-3, 320e-3, 80e-3), (64, 40e-3, 80e-3, 20e-3)],
+    ("width", "hidden_rate", "residual_rate", "rest_rate", "positions_rate"),
+    [(16, 80e-3, 160e-3, 320e-3, 80e-3), (64, 40e-3, 20e-3, 80e-3, 20e-3)],
 )
 def test_steps_go_by_the_width_of_the_model(
-    first_step, momenta, width, hidden_rate, rest_rate, positions_rate
+    first_step, momenta, width, hidden_rate, residual_rate, rest_rate, positions_rate
 ):
     """Against the same optimizers, one at a time, at rates and momenta made by hand."""
     torch.manual_seed(0)
     model = GPT(300, 8, width, 2, 1)
     expected = copy.deepcopy(model)
     optimizers = Optimizers(model, "muon", 0.1, World(), width=width)
-    hidden = [p for p in expected.blocks.parameters() if p.ndim == 2]
+    (block,) = expected.blocks
+    read = [block.attention.query_key_value.weight, block.mlp.hidden.weight]
+    written = [block.attention.output.weight, block.mlp.output.weight]
     positions = expected.position_embeddings.weight
-    known = {id(p) for p in [*hidden, positions]}
+    known = {id(p) for p in [*read, *written, positions]}
     rest = [p for p in expected.parameters() if id(p) not in known]
+    hidden = [
+        {"params": matrices, "lr": rate, "weight_decay": 0.1}
+        for matrices, rate in [(read, hidden_rate), (written, residual_rate)]
+    ]
     groups = [{"params": rest, "lr": rest_rate}, {"params": [positions], "lr": positions_rate}]
     theirs = [
-        Muon([{"params": hidden, "lr": hidden_rate, "weight_decay": 0.1}], torch.float32),
+        Muon(hidden, torch.float32),
         torch.optim.AdamW(groups, betas=(0.8, 0.95), weight_decay=0.0),
     ]
 
     for number, momentum in enumerate(momenta):
-        theirs[0].param_groups[0]["momentum"] = momentum
+        for group in theirs[0].param_groups:
+            group["momentum"] = momentum
 
         for left, right in zip(model.parameters(), expected.parameters(), strict=True):
             left.grad = torch.randn_like(left)
@@ -100,6 +108,27 @@ def test_weights_go_on_with_the_steps_that_they_began_with():
 
     assert [group["factor"] for group in optimizers.parts[1].param_groups] == [7.0, 7.0, 320.0]
     assert [len(group["params"]) for group in optimizers.parts[1].param_groups] == [1, 1, 3]
+
+
+def test_matrices_that_were_saved_in_one_group_find_their_momentum():
+    """A state of when Muon stepped all matrices alike, in the order of the network."""
+    torch.manual_seed(0)
+    model = GPT(300, 8, 16, 2, 2)
+    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
+    optimizers = Optimizers(model, "muon", 0.1, World(), width=16)
+    muon = Muon([{"params": matrices, "factor": 7.0}], torch.float32)
+
+    for matrix in matrices:
+        matrix.grad = torch.randn_like(matrix)
+
+    muon.step()
+    optimizers.load_state_dict([muon.state_dict(), optimizers.state_dict()[1]])
+
+    for matrix in matrices:
+        for name, value in muon.state[matrix].items():
+            assert torch.equal(optimizers.parts[0].state[matrix][name], value)
+
+    assert [group["factor"] for group in optimizers.parts[0].param_groups] == [7.0, 7.0]
 
 
 def test_frozen_weights_have_no_optimizer():
