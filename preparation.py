@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -296,11 +297,13 @@ def tokenize(
     finished: set[str] = set()
     work = functools.partial(tokenize_unit, parts)
     results = in_order(work, units(listing.files, finished), journal.units, num_workers)
-    bar = {"desc": f"Tokenizing {source.name}", "unit": "B", "unit_scale": True}
+    bar = {"desc": f"Tokenizing {source.name}", "unit": "B", "unit_scale": True, "leave": False}
+    # A log gets a line a minute.
+    bar["mininterval"] = 0.1 if sys.stderr.isatty() else 60.0
     num_tokens = 0
     open_reader.cache_clear()
 
-    with contextlib.closing(results), tqdm(total=listing.size, **bar, leave=False) as progress:
+    with contextlib.closing(results), tqdm(total=listing.size, **bar) as progress:
         for unit, result in results:
             if result["ended"]:
                 finished.add(unit.files[-1].name)

@@ -153,7 +153,8 @@ class Trainer:
                 progress.update()
 
     def progress(self, items: Iterable, description: str, unit: str) -> tqdm:
-        is_silent = not self.world.is_first
+        # None: where standard error is a terminal. In a log every redrawn bar would stay.
+        is_silent = None if self.world.is_first else True
 
         return tqdm(items, desc=description, unit=unit, leave=False, disable=is_silent)
 

@@ -59,10 +59,13 @@ def folders(tmp_path):
 def test_run_learns_records_and_concludes(pre_train, small, tmp_path, capsys):
     assert pre_train.main(small("--num_epochs=8", "--learning_rate=3e-4")) == 0
 
-    output = capsys.readouterr().out
+    output, errors = capsys.readouterr()
     state = read(tmp_path / "checkpoint.pt")
     table = rows(tmp_path)
 
+    # Where standard error is no terminal, no bar is drawn.
+    assert "batch/s" not in errors
+    assert "step/s" not in errors
     assert state["position"] == 24
     assert state["encoding"] == "r50k_base"
     assert [row["epoch"] for row in table] == [str(n) for n in range(1, 9)]
