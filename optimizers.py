@@ -206,11 +206,11 @@ def step_factors(width: int) -> dict[str, float]:
     mean square of AdamW's stretches states by sqrt(D); one of AdamW moves logits, sums over D, by
     D. So the embeddings that begin the residual stream move less in wide models, and what is added
     to it has to grow as slowly, or it drowns them. Positions begin as waves that are worth keeping.
-    The constants are from runs at 128 to 512 wide, see benchmarks/README.md.
+    The constants are from runs at 128 wide, the 32 from 128 to 512, see benchmarks/README.md.
     """
     return {
         "hidden": 320 / math.sqrt(width),
-        "residual": 10240 / width**1.5,
+        "residual": 320 / math.sqrt(width) * min(1.0, 32 / width),
         "embeddings": 5120 / width,
         "positions": 1280 / width,
         "vectors": 5120 / width,

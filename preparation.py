@@ -298,8 +298,9 @@ def tokenize(
     work = functools.partial(tokenize_unit, parts)
     results = in_order(work, units(listing.files, finished), journal.units, num_workers)
     bar = {"desc": f"Tokenizing {source.name}", "unit": "B", "unit_scale": True, "leave": False}
-    # A log gets a line a minute.
-    bar["mininterval"] = 0.1 if sys.stderr.isatty() else 60.0
+    # A log, in which every redrawn bar stays, gets one a minute.
+    is_terminal = getattr(sys.stderr, "isatty", bool)()
+    bar |= {} if is_terminal else {"mininterval": 60.0, "maxinterval": 60.0}
     num_tokens = 0
     open_reader.cache_clear()
 

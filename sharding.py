@@ -153,6 +153,13 @@ class ShardedMuon(Muon):
     def matrices(self) -> list[Tensor]:
         return [matrix for group in self.param_groups for matrix in group["params"]]
 
+    @property
+    def owners(self) -> Iterator[tuple[int, Tensor]]:
+        """All matrices, in the order of their updates, with the processes that have their state."""
+        for group in self.param_groups:
+            for some in self.rounds(group["params"]):
+                yield from enumerate(some)
+
     def rounds(self, matrices: Iterable[Tensor]) -> Iterator[list[Tensor]]:
         """Yield matrices, one for each process, of like size, so that all work equally long."""
         matrices = sorted(matrices, key=lambda matrix: -matrix.numel())
@@ -187,34 +194,29 @@ class ShardedMuon(Muon):
         state = super().state_dict()
         numbers = {id(matrix): number for number, matrix in enumerate(self.matrices)}
 
-        for some in self.rounds(self.matrices) if self.is_begun else ():
-            for owner, matrix in enumerate(some):
-                if owner == self.world.rank:
-                    values = self.state[matrix]
-                else:
-                    values = {
-                        name: self.empty(shape, matrix.dtype)
-                        for name, shape in self.state_shapes(matrix).items()
-                    }
+        for owner, matrix in self.owners if self.is_begun else ():
+            if owner == self.world.rank:
+                values = self.state[matrix]
+            else:
+                values = {
+                    name: self.empty(shape, matrix.dtype)
+                    for name, shape in self.state_shapes(matrix).items()
+                }
 
-                for value in values.values():
-                    dist.broadcast(value, owner)
+            for value in values.values():
+                dist.broadcast(value, owner)
 
-                if self.world.is_first:
-                    state["state"][numbers[id(matrix)]] = {
-                        name: value.cpu() for name, value in values.items()
-                    }
+            if self.world.is_first:
+                state["state"][numbers[id(matrix)]] = {
+                    name: value.cpu() for name, value in values.items()
+                }
 
         return {**state, "state": dict(sorted(state["state"].items()))}
 
     def load_state_dict(self, state: dict) -> None:
         """Take the state of the own matrices out of that of all."""
         self.is_begun = bool(state["state"])
-        owned = {
-            id(some[self.world.rank])
-            for some in self.rounds(self.matrices)
-            if self.world.rank < len(some)
-        }
+        owned = {id(matrix) for owner, matrix in self.owners if owner == self.world.rank}
         own_state = {
             number: state["state"][number]
             for number, matrix in enumerate(self.matrices)

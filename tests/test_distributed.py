@@ -214,7 +214,7 @@ stopping.is_done = rank == 0 and "Trainer" in "{place}"
 @pytest.mark.parametrize(
     ("before", "after", "sharding"),
     [
-        (1, 2, "full"),
+        (1, 3, "full"),
         (3, 1, "optimizer"),
         pytest.param(2, 1, "full", marks=pytest.mark.slow),
         pytest.param(2, 4, "optimizer", marks=pytest.mark.slow),

@@ -54,7 +54,7 @@ def test_every_weight_has_one_optimizer_and_its_decay():
 )
 @pytest.mark.parametrize(
     ("width", "hidden_rate", "residual_rate", "rest_rate", "positions_rate"),
-    [(16, 80e-3, 160e-3, 320e-3, 80e-3), (64, 40e-3, 20e-3, 80e-3, 20e-3)],
+    [(16, 80e-3, 80e-3, 320e-3, 80e-3), (64, 40e-3, 20e-3, 80e-3, 20e-3)],
 )
 def test_steps_go_by_the_width_of_the_model(
     first_step, momenta, width, hidden_rate, residual_rate, rest_rate, positions_rate
