@@ -192,9 +192,13 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if sys.platform == "darwin":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
-    return peak if sys.platform == "darwin" else peak * 1024
+    # Linux counts in ru_maxrss what the process that launched this one had by then.
+    status = Path("/proc/self/status").read_text()
+
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
 
 
 def library_memory(device: torch.device) -> int:

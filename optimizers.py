@@ -149,7 +149,7 @@ def regroup(saved: dict, optimizer: Optimizer) -> dict:
 
     # Runs that began when Muon stepped all matrices alike have them in the order of the network, by
     # turns one that reads the residual stream and one that writes to it.
-    if "momentum" in groups[0] and len(groups) < len(sizes):
+    if "momentum" in optimizer.param_groups[0] and len(groups) < len(sizes):
         order = order[::2] + order[1::2]
 
     # Weights go on with the steps that they began with, whatever step_factors says by now.

@@ -406,7 +406,7 @@ def test_changed_flags_take_effect_on_resume(pre_train, small, tmp_path):
     state = read(tmp_path / "checkpoint.pt")
     groups = [group for each in state["optimizer"] for group in each["param_groups"]]
 
-    assert [group["weight_decay"] for group in groups] == [0.7, 0.0, 0.0, 0.0]
+    assert [group["weight_decay"] for group in groups] == [0.7, 0.7, 0.0, 0.0, 0.0]
     assert state["precision"] == "fp16"
     assert state["scaler"]["scale"] > 0
 

@@ -456,3 +456,16 @@ print(faults, size // resource.getpagesize())
 
     assert num_pages > 1000
     assert faults < num_pages / 100 or not sys.platform.startswith("linux")
+
+
+def test_peak_memory_is_that_of_the_process_alone():
+    """Launched, as from a notebook, by a process with a gigabyte of its own."""
+    own = "import devices, torch; print(devices.peak_memory(torch.device('cpu')))"
+    code = f"""
+import subprocess, sys
+held = b"x" * (1 << 30)
+print(subprocess.check_output([sys.executable, "-c", {own!r}], text=True))
+"""
+    peak = int(subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True))
+
+    assert 1 << 26 < peak < 1 << 30
