@@ -192,13 +192,15 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
 
-    if sys.platform == "darwin":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
     # Linux counts in ru_maxrss what the process that launched this one had by then.
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status")
 
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
+    if status.exists() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
+        return 1024 * int(found[1])
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def library_memory(device: torch.device) -> int:
