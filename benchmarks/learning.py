@@ -23,7 +23,6 @@ import csv
 import hashlib
 import itertools
 import json
-import math
 import statistics
 import subprocess
 import sys
@@ -35,7 +34,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import tiktoken
 import torch
-from torch import nn
 
 import parts
 from data import EvaluationWindows, split_windows
@@ -159,7 +157,6 @@ def nanogpt(
         args.num_attention_heads,
         args.num_hidden_layers,
     ).to(world.device)
-    initialize(model)
     torch.compiler.reset()
     compile_model(model, world.device)
     trainer = make_trainer(model, model, world, resolve_precision(world.device))
@@ -177,17 +174,6 @@ def nanogpt(
     course = [statistics.mean(part) for part in zip(*[iter(losses)] * EPOCH, strict=False)]
 
     return evaluate(model, data), course
-
-
-@torch.no_grad()
-def initialize(model: GPT) -> None:
-    for name, weight in model.named_parameters():
-        if weight.ndim == 2:
-            is_residual = name.endswith("output.weight")
-            scale = math.sqrt(2 * len(model.blocks)) if is_residual else 1.0
-            nn.init.normal_(weight, std=0.02 / scale)
-
-    model.token_embeddings.weight[model.vocabulary_size :].zero_()
 
 
 def evaluate(model: GPT, data: TokenDataset) -> float:
