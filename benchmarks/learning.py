@@ -210,6 +210,10 @@ def main() -> None:
     end = argv.index("--")
     args = parser.parse_args(argv[:end])
     args.flags = argv[end + 1 : -1]
+
+    if any(num_steps % EPOCH for num_steps in args.steps):
+        parser.error(f"--steps must be multiples of {EPOCH}.")
+
     tune_memory()
 
     source, _ = parse_source(args.text)
