@@ -108,7 +108,7 @@ class World:
         Raises:
             ProcessError: when that fails.
         """
-        if self.device.type == "cuda":
+        if self.device.index is not None:
             torch.cuda.set_device(self.device)
 
         if self.size == 1:

@@ -466,3 +466,8 @@ def test_normal_ends_in_a_row(run, size, num_ends):
 
         assert group.wait() == [0] * size
         assert group.errors == []
+
+
+def test_gpu_without_a_number_is_the_default_one():
+    """Where there is none of any kind, too: `set_device` refuses what has no number."""
+    World(device=torch.device("cuda")).connect()
