@@ -277,50 +277,77 @@ class Muon(Optimizer):
         self, matrices: Iterable[Tensor], momentum: float
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield matrices with their updates, of root mean square SIZE."""
-        for matrix in matrices:
-            if matrix.grad is not None:
-                yield matrix, self.update(matrix, matrix.grad, momentum)
+        for some in alike([matrix for matrix in matrices if matrix.grad is not None]):
+            updates = self.update(some, [matrix.grad for matrix in some], momentum)
 
-    def update(self, matrix: Tensor, gradient: Tensor, momentum: float) -> Tensor:
-        state = self.state[matrix]
+            yield from zip(some, updates, strict=True)
 
-        if not state:
-            for name, shape in self.state_shapes(matrix).items():
-                state[name] = gradient.new_zeros(shape)
+    def update(
+        self, matrices: Sequence[Tensor], gradients: Sequence[Tensor], momentum: float
+    ) -> Tensor:
+        """Return the updates of N matrices of one shape (R, C), as (N, R, C)."""
+        states = [self.state[matrix] for matrix in matrices]
 
-        mean = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
-        update = orthogonalize(gradient.lerp(mean, momentum).to(self.dtype))
+        for state, matrix, gradient in zip(states, matrices, gradients, strict=True):
+            if not state:
+                for name, shape in self.state_shapes(matrix).items():
+                    state[name] = gradient.new_zeros(shape)
 
-        squares = update.float().square().mean(dim=1, keepdim=True)
-        mean_squares = state["mean_squares"].lerp_(squares, 1 - self.MEMORY)
+        means, mean_squares = ([state[name] for state in states] for name in states[0])
+
+        torch._foreach_lerp_(means, gradients, 1 - momentum)
+        ahead = torch._foreach_lerp(gradients, means, momentum)
+        updates = orthogonalize(torch.stack([each.to(self.dtype) for each in ahead]))
+
+        squares = updates.float().square().mean(dim=-1, keepdim=True)  # (N, R, 1)
+        torch._foreach_lerp_(mean_squares, squares.unbind(), 1 - self.MEMORY)
         # A row of zeros, whose neuron has no gradient, stays one.
-        scale = mean_squares.clamp(min=1e-30).rsqrt()
-        scale *= self.SIZE / (squares * scale.square()).mean().clamp(min=1e-30).sqrt()
+        scale = torch.stack(mean_squares).clamp(min=1e-30).rsqrt()
+        mean = (squares * scale.square()).mean(dim=(-2, -1), keepdim=True)
+        scale *= self.SIZE / mean.clamp(min=1e-30).sqrt()
 
-        return update * scale.to(update.dtype)
+        return updates * scale.to(updates.dtype)
+
+
+def alike(matrices: Iterable[Tensor], max_size: int = 1 << 25) -> Iterator[list[Tensor]]:
+    """Yield lists of matrices of one shape, to be treated in one go: a GPU waits for launches.
+
+    Args:
+        max_size: the elements of a list of several, which bound the memory that it takes.
+    """
+    by_shape: dict[torch.Size, list[Tensor]] = {}
+
+    for matrix in matrices:
+        by_shape.setdefault(matrix.shape, []).append(matrix)
+
+    for shape, same in by_shape.items():
+        length = max(1, max_size // shape.numel())
+
+        for first in range(0, len(same), length):
+            yield same[first : first + length]
 
 
 def orthogonalize(z: Tensor) -> Tensor:
-    """Move the singular values of a matrix to about one, 0.7 to 1.2, by five Newton-Schulz steps.
+    """Move the singular values of matrices (N, R, C) to about one, 0.7 to 1.2, by five steps.
 
-    With z = U S V^T each step gives U f(S) V^T, f(s) = a s + b s^3 + c s^5; the coefficients make f
-    as steep at zero as convergence allows (Jordan et al. 2024).
+    With z = U S V^T each step of Newton and Schulz gives U f(S) V^T, f(s) = a s + b s^3 + c s^5;
+    the coefficients make f as steep at zero as convergence allows (Jordan et al. 2024).
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    is_tall = z.size(0) > z.size(1)
+    is_tall = z.size(-2) > z.size(-1)
 
     # The product of the matrix with itself is smaller that way.
     if is_tall:
-        z = z.T
+        z = z.mT
 
     # No singular value is greater than the norm.
-    z = z / z.norm().clamp(min=1e-7)
+    z = z / z.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
 
     for _ in range(5):
-        gram = z @ z.T
-        z = torch.addmm(z, torch.addmm(gram, gram, gram, beta=b, alpha=c), z, beta=a)
+        gram = z @ z.mT
+        z = torch.baddbmm(z, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), z, beta=a)
 
-    return z.T if is_tall else z
+    return z.mT if is_tall else z
 
 
 @dataclass(frozen=True)

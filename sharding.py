@@ -177,7 +177,7 @@ class ShardedMuon(Muon):
                 gradient = matrix.grad.full_tensor()
 
                 if owner == self.world.rank:
-                    own = self.update(matrix, gradient, momentum).contiguous()
+                    own = self.update([matrix], [gradient], momentum)[0].contiguous()
 
             for owner, matrix in enumerate(some):
                 is_own = owner == self.world.rank

@@ -1,6 +1,7 @@
 """The optimizers against those of PyTorch, and the learning rate against its formula."""
 
 import copy
+import functools
 import math
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from distributed import World
 from model import GPT
-from optimizers import Muon, Optimizers, Schedule, orthogonalize
+from optimizers import Muon, Optimizers, Schedule, alike, orthogonalize
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
@@ -193,7 +194,7 @@ def test_updates_in_float32_are_nearly_orthogonal(shape):
     matrix = torch.randn(shape)
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     # The polynomial is one of the matrix: in its singular vectors, each value for itself.
-    found = left.T @ orthogonalize(matrix) @ right.T
+    found = left.T @ orthogonalize(matrix[None])[0] @ right.T
     values = values / values.norm()
 
     for _ in range(5):
@@ -201,3 +202,32 @@ def test_updates_in_float32_are_nearly_orthogonal(shape):
 
     torch.testing.assert_close(found, values.diag(), atol=1e-4, rtol=0)
     assert 0.3 < values.min() < values.max() < 1.3
+
+
+@pytest.mark.parametrize("max_size", [1, 400, 1 << 25])
+def test_matrices_of_one_shape_are_stepped_together_as_if_alone(max_size, monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr("optimizers.alike", functools.partial(alike, max_size=max_size))
+    shapes = [(8, 24), (24, 8), (8, 24), (16, 16), (8, 24), (24, 8)]
+    together = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    alone = copy.deepcopy(together)
+    steppers = [Muon(together, torch.float32), *(Muon([matrix], torch.float32) for matrix in alone)]
+
+    for stepper in steppers:
+        stepper.param_groups[0].update(lr=0.1, weight_decay=0.3)
+
+    for number in range(3):
+        for left, right in zip(together, alone, strict=True):
+            # One of them has no gradient at first.
+            if number or left is not together[2]:
+                left.grad = torch.randn(left.shape) * 10 ** torch.randn(1)
+                right.grad = left.grad.clone()
+
+        for stepper in steppers:
+            stepper.step()
+
+    for left, right in zip(together, alone, strict=True):
+        torch.testing.assert_close(left, right)
+
+    for matrix in together:
+        assert steppers[0].state[matrix]["mean_squares"].shape == (len(matrix), 1)
