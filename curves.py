@@ -15,6 +15,11 @@ LEFT, RIGHT = 66, 620
 TOP, BOTTOM = 92, 386
 RATE_TOP, RATE_BOTTOM = 420, 464
 
+DESCRIPTION = (
+    "Train and test loss in nats per token, and below them the learning rate, over the tokens that"
+    " were trained on."
+)
+
 # More lines could not be told apart.
 MAX_SOURCES = 8
 # Points in a line, and in all: some 13 bytes each.
@@ -96,6 +101,7 @@ def draw_curves(rows: list[dict], sources: dict[str, str], title: str) -> str:
         return document(
             head,
             [text(WIDTH / 2, HEIGHT / 2, "The curves come with the first test.", "soft", "middle")],
+            DESCRIPTION,
         )
 
     losses = [loss for line in lines for _, loss in line.points]
@@ -111,6 +117,7 @@ def draw_curves(rows: list[dict], sources: dict[str, str], title: str) -> str:
             *draw_losses(lines, x, y),
             *draw_rates(rates, x),
         ],
+        DESCRIPTION,
     )
 
 
@@ -376,26 +383,29 @@ def shorten(name: str, limit: int) -> str:
 # --- SVG ---
 
 
-def document(head: str, parts: list[str]) -> str:
-    """Return a picture with its title, its colours and its parts."""
+def document(head: str, parts: list[str], description: str, height: int = HEIGHT) -> str:
+    """Return a picture with its title, its colours and its parts.
+
+    Args:
+        description: for who cannot see it.
+    """
     light, dark = (
         "".join(f".{name}{{color:{pair[theme]}}}" for name, pair in COLORS.items())
         + f"svg{{background:{COLORS['paper'][theme]}}}"
         for theme in (0, 1)
     )
-    height = BOTTOM - TOP
+    plot_height = BOTTOM - TOP
 
     return "\n".join(
         [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img"'
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img"'
             ' aria-labelledby="title desc">',
             f'<title id="title">{escape(head)}</title>',
-            '<desc id="desc">Train and test loss in nats per token, and below them the learning'
-            " rate, over the tokens that were trained on.</desc>",
+            f'<desc id="desc">{escape(description)}</desc>',
             f"<style>\n{light}\n@media (prefers-color-scheme:dark){{{dark}}}\n{RULES}\n</style>",
-            f'<clipPath id="plot"><path d="M{LEFT - 5} {TOP}h{RIGHT - LEFT + 10}v{height + 5}'
+            f'<clipPath id="plot"><path d="M{LEFT - 5} {TOP}h{RIGHT - LEFT + 10}v{plot_height + 5}'
             f'H{LEFT - 5}z"/></clipPath>',
-            f'<rect class="paper" width="{WIDTH}" height="{HEIGHT}"/>',
+            f'<rect class="paper" width="{WIDTH}" height="{height}"/>',
             text(16, 30, head, "ink head"),
             *parts,
             "</svg>\n",

@@ -1,15 +1,17 @@
 """Whole runs by pre-train.py's recipe and by nanoGPT's: test loss over tokens, and a picture.
 
-    python benchmarks/course.py TEXT --updates 640 --peak_rates 6e-4 1.5e-3 3e-3 -- --preset=gpt2
+    python benchmarks/course.py TEXT --updates 640 --peak_rates 6e-4 1.2e-3 -- --preset=gpt2
 
 Flags of pre-train.py behind `--` hold for all runs, which are without dropout and see the same
 windows in the same order. nanoGPT's recipe is AdamW with a warm-up over a tenth and cosine decay to
-a tenth, once for every peak rate. One JSON line a run; tables and `course.svg` come into a folder,
-and a run whose table is there is not repeated.
+a tenth, once for every peak rate. One JSON line a run: its end, and how ours stands at the same
+loss and at the same time. Tables and `course.svg` come into a folder; a run whose table is there is
+not repeated.
 """
 
 import argparse
 import csv
+import itertools
 import json
 import subprocess
 import sys
@@ -28,12 +30,13 @@ from curves import (  # noqa: E402
     document,
     draw_axes,
     draw_losses,
-    text,
     visible_range,
 )
 
 # Test losses in a run.
 NUM_TESTS = 16
+# Ours first.
+STYLES = ("test", "source0", "source1", "source2", "source3")
 
 
 def learn(args: argparse.Namespace, name: str, flags: list[str]) -> list[dict]:
@@ -73,22 +76,41 @@ def read(table: Path) -> list[dict]:
         return [{column: float(value) for column, value in row.items()} for row in rows]
 
 
-def first_below(rows: list[dict], loss: float) -> dict | None:
-    return next((row for row in rows if row["test_loss"] <= loss), None)
+def compare(name: str, rows: list[dict], ours: list[dict]) -> dict:
+    """Describe the end of a run, and where ours first was as good, and last as early."""
+    last = rows[-1]
+    as_good = next((row for row in ours if row["test_loss"] <= last["test_loss"]), None)
+    as_early = [row for row in ours if row["seconds"] <= last["seconds"]][-1:]
+
+    return {
+        "run": name,
+        "tokens": int(last["tokens"]),
+        "test_loss": round(last["test_loss"], 3),
+        "seconds": round(last["seconds"], 1),
+        "tokens_per_second": round(last["tokens"] / last["seconds"]),
+        "share_of_limit": round(last["mfu"], 3),
+        "ours_is_as_good_after_tokens": int(as_good["tokens"]) if as_good else None,
+        "and_after_seconds": round(as_good["seconds"], 1) if as_good else None,
+        "ours_by_then": [round(row["test_loss"], 3) for row in as_early],
+    }
 
 
 def draw(runs: dict[str, list[dict]], title: str) -> str:
     """Draw the test losses of runs over their tokens."""
-    styles = ["source0", "source1", "source2", "source3"]
     lines = [
         Line(name, [(row["tokens"], row["test_loss"]) for row in rows], style)
-        for (name, rows), style in zip(runs.items(), ["test", *styles], strict=False)
+        for (name, rows), style in zip(runs.items(), itertools.cycle(STYLES))
     ]
     losses = [loss for line in lines for _, loss in line.points]
     x = Scale(0.0, max(line.points[-1][0] for line in lines), LEFT, RIGHT)
     y = Scale(*visible_range(losses), BOTTOM, TOP)
 
-    return document(title, [*draw_axes(x, y, BOTTOM), *draw_losses(lines, x, y)])
+    return document(
+        title,
+        [*draw_axes(x, y, BOTTOM), *draw_losses(lines, x, y)],
+        "Test loss in nats per token over the tokens that were trained on, by recipe.",
+        BOTTOM + 40,
+    )
 
 
 def main() -> None:
@@ -96,8 +118,9 @@ def main() -> None:
     parser.add_argument("text")
     parser.add_argument("--updates", type=int, default=640)
     parser.add_argument("--batch_size", type=int, default=32, help="windows of an update")
-    parser.add_argument("--peak_rates", type=float, nargs="*", default=[6e-4], help="of nanoGPT's")
+    parser.add_argument("--peak_rates", nargs="*", default=["6e-4"], help="of nanoGPT's")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--title", default="Test loss by recipe")
     parser.add_argument("--out", type=Path, default=Path("./out/course"))
     # Behind options argparse takes no list of positional arguments.
     argv = [*sys.argv[1:], "--"]
@@ -112,34 +135,20 @@ def main() -> None:
     runs = {"ours": learn(args, "ours", [])}
 
     for rate in args.peak_rates:
-        name = f"nanoGPT {rate:g}"
+        name = f"nanoGPT {rate}"
         schedule = [
             "--optimizer=adamw",
             "--lr_schedule=cosine",
             f"--learning_rate={rate}",
-            f"--min_learning_rate={rate / 10}",
+            f"--min_learning_rate={float(rate) / 10}",
             f"--warmup_steps={args.updates // 10}",
         ]
         runs[name] = learn(args, name.replace(" ", "-"), schedule)
 
     for name, rows in runs.items():
-        last = rows[-1]
-        passed = first_below(runs["ours"], last["test_loss"])
-        line = {
-            "run": name,
-            "tokens": int(last["tokens"]),
-            "test_loss": round(last["test_loss"], 4),
-            "seconds": round(last["seconds"], 1),
-            "tokens_per_second": round(last["tokens"] / last["seconds"]),
-            "share_of_limit": round(last["mfu"], 3),
-            "ours_is_there_after_tokens": int(passed["tokens"]) if passed else None,
-            "and_after_seconds": round(passed["seconds"], 1) if passed else None,
-        }
-        print(json.dumps(line), flush=True)
+        print(json.dumps(compare(name, rows, runs["ours"])), flush=True)
 
-    num_tokens = int(runs["ours"][-1]["tokens"])
-    picture = draw(runs, f"Test loss over {num_tokens / 1e6:.0f} million tokens")
-    (args.out / "course.svg").write_text(picture)
+    (args.out / "course.svg").write_text(draw(runs, args.title))
 
 
 if __name__ == "__main__":
