@@ -690,7 +690,8 @@ def conclude(args: Namespace, trainer: Trainer) -> None:
     )
     print(f"Files:  {args.checkpoint_path}, {args.metrics_path}, {picture}")
 
-    longer = shlex.join([*sys.argv, "--resume", f"--num_epochs={2 * args.num_epochs}"])
+    resume = [] if args.resume else ["--resume"]
+    longer = shlex.join([*sys.argv, *resume, f"--num_epochs={2 * args.num_epochs}"])
     speak = ["generate.py"]
 
     if args.checkpoint_path != build_parser().get_default("checkpoint_path"):

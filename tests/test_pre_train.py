@@ -142,6 +142,17 @@ def test_seed_is_drawn_printed_and_kept(pre_train, small, tmp_path, capsys):
     assert read(tmp_path / "checkpoint.pt")["seed"] == seed
 
 
+def test_what_comes_next_is_told_of_a_resumed_run_too(pre_train, small, capsys, monkeypatch):
+    pre_train.main(small("--num_epochs=1"))
+    argv = small("--num_epochs=2", "--resume")
+    monkeypatch.setattr(sys, "argv", ["pre-train.py", *argv])
+    pre_train.main(argv)
+    command = capsys.readouterr().out.splitlines()[-1]
+
+    assert command.count("--resume") == 1
+    assert command.endswith("--num_epochs=4")
+
+
 @pytest.fixture
 def two_threads():
     """Let the sums of a run be those of two threads, here and where this environment is given."""
