@@ -293,7 +293,8 @@ class Muon(Optimizer):
                 for name, shape in self.state_shapes(matrix).items():
                     state[name] = gradient.new_zeros(shape)
 
-        means, mean_squares = ([state[name] for state in states] for name in states[0])
+        means = [state["momentum_buffer"] for state in states]
+        mean_squares = [state["mean_squares"] for state in states]
 
         torch._foreach_lerp_(means, gradients, 1 - momentum)
         ahead = torch._foreach_lerp(gradients, means, momentum)

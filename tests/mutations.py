@@ -578,6 +578,15 @@ MUTATIONS = [
         "    except ZeroDivisionError:\n",
         "a traceback",
     ),
+    Mutation(
+        61,
+        "A GPU that is given no number",
+        ("test_distributed", "without_a_number"),
+        "distributed.py",
+        "if self.device.index is not None:",
+        'if self.device.type == "cuda":',
+        "a traceback at the start, on every GPU",
+    ),
 ]
 
 
