@@ -297,8 +297,8 @@ class Muon(Optimizer):
         mean_squares = [state["mean_squares"] for state in states]
 
         torch._foreach_lerp_(means, gradients, 1 - momentum)
-        ahead = torch._foreach_lerp(gradients, means, momentum)
-        updates = orthogonalize(torch.stack([each.to(self.dtype) for each in ahead]))
+        ahead = (each.to(self.dtype) for each in torch._foreach_lerp(gradients, means, momentum))
+        updates = orthogonalize(torch.stack([*ahead]))
 
         squares = updates.float().square().mean(dim=-1, keepdim=True)  # (N, R, 1)
         torch._foreach_lerp_(mean_squares, squares.unbind(), 1 - self.MEMORY)
@@ -310,11 +310,10 @@ class Muon(Optimizer):
         return updates * scale.to(updates.dtype)
 
 
-def alike(matrices: Iterable[Tensor], max_size: int = 1 << 25) -> Iterator[list[Tensor]]:
-    """Yield lists of matrices of one shape, to be treated in one go: a GPU waits for launches.
+def alike(matrices: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield lists of matrices of one shape, to be treated in one go.
 
-    Args:
-        max_size: the elements of a list of several, which bound the memory that it takes.
+    A GPU would wait for launches otherwise; on a CPU large matrices are faster alone.
     """
     by_shape: dict[torch.Size, list[Tensor]] = {}
 
@@ -322,6 +321,8 @@ def alike(matrices: Iterable[Tensor], max_size: int = 1 << 25) -> Iterator[list[
         by_shape.setdefault(matrix.shape, []).append(matrix)
 
     for shape, same in by_shape.items():
+        # The elements of a list of several bound the memory that it takes.
+        max_size = 1 << 16 if same[0].is_cpu else 1 << 25
         length = max(1, max_size // shape.numel())
 
         for first in range(0, len(same), length):
@@ -335,7 +336,13 @@ def orthogonalize(z: Tensor) -> Tensor:
     the coefficients make f as steep at zero as convergence allows (Jordan et al. 2024).
     """
     a, b, c = 3.4445, -4.7750, 2.0315
+    shape = z.shape
     is_tall = z.size(-2) > z.size(-1)
+    add_product = torch.baddbmm
+
+    # For one matrix a CPU has a faster product.
+    if len(z) == 1:
+        (z,), add_product = z, torch.addmm
 
     # The product of the matrix with itself is smaller that way.
     if is_tall:
@@ -346,9 +353,9 @@ def orthogonalize(z: Tensor) -> Tensor:
 
     for _ in range(5):
         gram = z @ z.mT
-        z = torch.baddbmm(z, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), z, beta=a)
+        z = add_product(z, add_product(gram, gram, gram, beta=b, alpha=c), z, beta=a)
 
-    return z.mT if is_tall else z
+    return (z.mT if is_tall else z).view(shape)
 
 
 @dataclass(frozen=True)

@@ -690,7 +690,8 @@ def conclude(args: Namespace, trainer: Trainer) -> None:
     )
     print(f"Files:  {args.checkpoint_path}, {args.metrics_path}, {picture}")
 
-    resume = [] if args.resume else ["--resume"]
+    is_given = any(arg.partition("=")[0] == "--resume" for arg in sys.argv)
+    resume = [] if is_given else ["--resume"]
     longer = shlex.join([*sys.argv, *resume, f"--num_epochs={2 * args.num_epochs}"])
     speak = ["generate.py"]
 

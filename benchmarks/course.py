@@ -2,19 +2,18 @@
 
     python benchmarks/course.py TEXT --updates 640 --peak_rates 6e-4 1.2e-3 -- --preset=gpt2
 
-Flags of pre-train.py behind `--` hold for all runs, which are without dropout and see the same
-windows in the same order. nanoGPT's recipe is AdamW with a warm-up over a tenth and cosine decay to
-a tenth, once for every peak rate. One JSON line a run: its end, and how ours stands at the same
-loss and at the same time. Tables and `course.svg` come into a folder; a run whose table is there is
-not repeated.
+All runs are without dropout and see the same windows in the same order; flags of pre-train.py
+behind `--` hold for all of them. nanoGPT's recipe is AdamW with a warm-up over a tenth and cosine
+decay to a tenth, once for every peak rate. One JSON line a run: its end, and how ours stood at the
+same loss and at the same time. Tables and `course.svg` come into a folder; checkpoints are removed.
 """
 
 import argparse
 import csv
-import itertools
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,7 +29,6 @@ from curves import (  # noqa: E402
     document,
     draw_axes,
     draw_losses,
-    visible_range,
 )
 
 # Test losses in a run.
@@ -40,36 +38,36 @@ STYLES = ("test", "source0", "source1", "source2", "source3")
 
 
 def learn(args: argparse.Namespace, name: str, flags: list[str]) -> list[dict]:
-    """Return the table of a run, one row a test."""
-    table = args.out / f"{name}.csv"
+    """Return the table of a run, one row a test; what there is of it when the run fails."""
+    table = args.out / f"{name.replace(' ', '-')}.csv"
+    table.unlink(missing_ok=True)
 
-    if not table.exists() or len(read(table)) < NUM_TESTS:
+    with tempfile.TemporaryDirectory(dir=args.out) as folder:
         subprocess.run(
             [
                 sys.executable,
                 ROOT / "pre-train.py",
                 f"--dataset={args.text}",
                 "--dropout=0",
-                *args.flags,
                 f"--batch_size={args.batch_size}",
                 "--gradient_accumulation_steps=1",
                 f"--samples_per_epoch={args.updates // NUM_TESTS * args.batch_size}",
                 f"--num_epochs={NUM_TESTS}",
                 "--eval_interval=1",
                 f"--checkpoint_interval={NUM_TESTS}",
-                f"--checkpoint_path={args.out / name}.pt",
+                f"--checkpoint_path={folder}/checkpoint.pt",
                 f"--metrics_path={table}",
                 f"--seed={args.seed}",
                 *flags,
+                *args.flags,
             ],
             stdout=sys.stderr,
-            check=True,
+            check=False,
         )
 
-    return read(table)
+    if not table.exists():
+        return []
 
-
-def read(table: Path) -> list[dict]:
     with open(table) as file:
         rows = csv.DictReader(file)
 
@@ -81,14 +79,17 @@ def compare(name: str, rows: list[dict], ours: list[dict]) -> dict:
     last = rows[-1]
     as_good = next((row for row in ours if row["test_loss"] <= last["test_loss"]), None)
     as_early = [row for row in ours if row["seconds"] <= last["seconds"]][-1:]
+    limits = [row["tokens_per_second"] / row["mfu"] for row in rows]
+    rate = last["tokens"] / last["seconds"]
 
     return {
         "run": name,
         "tokens": int(last["tokens"]),
         "test_loss": round(last["test_loss"], 3),
+        # Of training alone, with the compilation of the first update.
         "seconds": round(last["seconds"], 1),
-        "tokens_per_second": round(last["tokens"] / last["seconds"]),
-        "share_of_limit": round(last["mfu"], 3),
+        "tokens_per_second": round(rate),
+        "share_of_limit": round(rate * len(limits) / sum(limits), 3),
         "ours_is_as_good_after_tokens": int(as_good["tokens"]) if as_good else None,
         "and_after_seconds": round(as_good["seconds"], 1) if as_good else None,
         "ours_by_then": [round(row["test_loss"], 3) for row in as_early],
@@ -99,11 +100,12 @@ def draw(runs: dict[str, list[dict]], title: str) -> str:
     """Draw the test losses of runs over their tokens."""
     lines = [
         Line(name, [(row["tokens"], row["test_loss"]) for row in rows], style)
-        for (name, rows), style in zip(runs.items(), itertools.cycle(STYLES))
+        for (name, rows), style in zip(runs.items(), STYLES, strict=False)
     ]
     losses = [loss for line in lines for _, loss in line.points]
+    margin = 0.06 * (max(losses) - min(losses))
     x = Scale(0.0, max(line.points[-1][0] for line in lines), LEFT, RIGHT)
-    y = Scale(*visible_range(losses), BOTTOM, TOP)
+    y = Scale(min(losses) - margin, max(losses) + margin, BOTTOM, TOP)
 
     return document(
         title,
@@ -131,24 +133,27 @@ def main() -> None:
     if args.updates % NUM_TESTS:
         parser.error(f"--updates must be a multiple of {NUM_TESTS}.")
 
-    args.out.mkdir(parents=True, exist_ok=True)
-    runs = {"ours": learn(args, "ours", [])}
+    if len(args.peak_rates) >= len(STYLES):
+        parser.error(f"--peak_rates takes {len(STYLES) - 1} at most.")
 
-    for rate in args.peak_rates:
-        name = f"nanoGPT {rate}"
-        schedule = [
+    args.out.mkdir(parents=True, exist_ok=True)
+    recipes = {"ours": []} | {
+        f"nanoGPT {rate}": [
             "--optimizer=adamw",
             "--lr_schedule=cosine",
             f"--learning_rate={rate}",
             f"--min_learning_rate={float(rate) / 10}",
             f"--warmup_steps={args.updates // 10}",
         ]
-        runs[name] = learn(args, name.replace(" ", "-"), schedule)
+        for rate in args.peak_rates
+    }
+    runs = {}
 
-    for name, rows in runs.items():
-        print(json.dumps(compare(name, rows, runs["ours"])), flush=True)
-
-    (args.out / "course.svg").write_text(draw(runs, args.title))
+    for name, flags in recipes.items():
+        if rows := learn(args, name, flags):
+            runs[name] = rows
+            print(json.dumps(compare(name, rows, runs.get("ours", []))), flush=True)
+            (args.out / "course.svg").write_text(draw(runs, args.title))
 
 
 if __name__ == "__main__":

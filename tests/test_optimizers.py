@@ -1,7 +1,6 @@
 """The optimizers against those of PyTorch, and the learning rate against its formula."""
 
 import copy
-import functools
 import math
 
 import pytest
@@ -204,10 +203,8 @@ def test_updates_in_float32_are_nearly_orthogonal(shape):
     assert 0.3 < values.min() < values.max() < 1.3
 
 
-@pytest.mark.parametrize("max_size", [1, 400, 1 << 25])
-def test_matrices_of_one_shape_are_stepped_together_as_if_alone(max_size, monkeypatch):
+def test_matrices_of_one_shape_are_stepped_together_as_if_alone():
     torch.manual_seed(0)
-    monkeypatch.setattr("optimizers.alike", functools.partial(alike, max_size=max_size))
     shapes = [(8, 24), (24, 8), (8, 24), (16, 16), (8, 24), (24, 8)]
     together = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
     alone = copy.deepcopy(together)
@@ -226,8 +223,21 @@ def test_matrices_of_one_shape_are_stepped_together_as_if_alone(max_size, monkey
         for stepper in steppers:
             stepper.step()
 
-    for left, right in zip(together, alone, strict=True):
+    for left, right, stepper in zip(together, alone, steppers[1:], strict=True):
         torch.testing.assert_close(left, right)
 
-    for matrix in together:
-        assert steppers[0].state[matrix]["mean_squares"].shape == (len(matrix), 1)
+        for name, value in stepper.state[right].items():
+            torch.testing.assert_close(steppers[0].state[left][name], value)
+
+
+@pytest.mark.parametrize(
+    ("device", "lengths"), [("cpu", [32, 1, 1, 1, 8]), ("meta", [33, 3, 8])], ids=["cpu", "gpu"]
+)
+def test_lists_of_matrices_are_bounded(device, lengths):
+    shapes = [(32, 64)] * 33 + [(512, 256)] * (2 if device == "cpu" else 3) + [(64, 32)] * 8
+    matrices = [torch.empty(shape, device=device) for shape in shapes]
+    lists = list(alike(matrices))
+
+    assert sorted(id(m) for some in lists for m in some) == sorted(id(m) for m in matrices)
+    assert all(len({m.shape for m in some}) == 1 for some in lists)
+    assert [len(some) for some in lists] == lengths
