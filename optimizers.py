@@ -297,8 +297,9 @@ class Muon(Optimizer):
         mean_squares = [state["mean_squares"] for state in states]
 
         torch._foreach_lerp_(means, gradients, 1 - momentum)
-        ahead = (each.to(self.dtype) for each in torch._foreach_lerp(gradients, means, momentum))
-        updates = orthogonalize(torch.stack([*ahead]))
+        updates = orthogonalize(
+            torch.stack(torch._foreach_lerp(gradients, means, momentum)).to(self.dtype)
+        )
 
         squares = updates.float().square().mean(dim=-1, keepdim=True)  # (N, R, 1)
         torch._foreach_lerp_(mean_squares, squares.unbind(), 1 - self.MEMORY)
