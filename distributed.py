@@ -191,8 +191,11 @@ class World:
             self.base.set("begun", "")
 
     def disconnect(self) -> None:
-        """Leave together: who leaves early can take the connections of others along."""
-        if self.size > 1:
+        """Leave together: who leaves early can take the connections of others along.
+
+        Whoever has left already stays so.
+        """
+        if self.size > 1 and dist.is_initialized():
             self.max(0)
             dist.destroy_process_group()
 

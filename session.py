@@ -105,7 +105,7 @@ class Session:
 
     def run(self) -> int:
         """Train up to the last epoch, or a signal; return the exit status."""
-        args, trainer = self.args, self.trainer
+        args = self.args
         is_new = not args.resume and self.world.is_first
         table = Path(args.metrics_path)
 
@@ -115,27 +115,35 @@ class Session:
         self.world.note_beginning()
 
         with self.stoppable() as stop:
-            try:
-                self.train(stop)
-                self.finish_files()
-            except Interrupted as interruption:
-                self.save()
-                self.finish_files()
-                print(
-                    f"Stopped after update {trainer.step}; saved as {self.writer.path}."
-                    " --resume goes on there."
-                )
-                return 128 + interruption.number
-            except TrainingError:
-                self.save()
-                self.finish_files()
-                raise
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
+            status = self.train_and_keep(stop)
+            # While signals wait: whoever ended of one now would count as lost to the others.
+            self.world.disconnect()
 
-                release(error)
-                raise TrainingError(self.advise_on_memory()) from None
+        return status
+
+    def train_and_keep(self, stop: StopSignal) -> int:
+        """Train, and save what there is when that ends early; return the exit status."""
+        try:
+            self.train(stop)
+            self.finish_files()
+        except Interrupted as interruption:
+            self.save()
+            self.finish_files()
+            print(
+                f"Stopped after update {self.trainer.step}; saved as {self.writer.path}."
+                " --resume goes on there."
+            )
+            return 128 + interruption.number
+        except TrainingError:
+            self.save()
+            self.finish_files()
+            raise
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+
+            release(error)
+            raise TrainingError(self.advise_on_memory()) from None
 
         return 0
 

@@ -367,8 +367,8 @@ MUTATIONS = [
         "SIGTERM in the middle of an epoch",
         ("test_pre_train", "signal_saves"),
         "session.py",
-        "            except Interrupted as interruption:\n                self.save()\n",
-        "            except Interrupted as interruption:\n",
+        "        except Interrupted as interruption:\n            self.save()\n",
+        "        except Interrupted as interruption:\n",
         "the updates since the last checkpoint are lost",
     ),
     Mutation(
@@ -586,6 +586,15 @@ MUTATIONS = [
         "if self.device.index is not None:",
         'if self.device.type == "cuda":',
         "a traceback at the start, on every GPU",
+    ),
+    Mutation(
+        62,
+        "SIGTERM to one of several processes when all have stopped",
+        ("test_distributed", "takes_leave"),
+        "session.py",
+        "            self.world.disconnect()",
+        "",
+        "it counts as lost: the others fail",
     ),
 ]
 

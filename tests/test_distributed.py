@@ -211,6 +211,28 @@ stopping.is_done = rank == 0 and "Trainer" in "{place}"
     assert_same_run(whole.folder / "checkpoint.pt", group.folder / "checkpoint.pt")
 
 
+@pytest.mark.parametrize("is_stopped", [False, True])
+@pytest.mark.parametrize("place", ["distributed.World.disconnect", "dist.destroy_process_group"])
+def test_signal_to_one_process_that_takes_leave_changes_nothing(run, is_stopped, place):
+    """Another has stopped all already, or all is done; who ended now would count as lost."""
+    patch = f"""
+dist = distributed.dist
+function = {place}
+def late(*args):
+    global is_due
+    if is_due:
+        is_due = False
+        os.kill(os.getpid(), signal.SIGTERM)
+    return function(*args)
+is_due = rank == 0
+{place} = late
+"""
+    group = run(2, name="late", patch=patch + STOP * is_stopped)
+
+    assert group.wait() == [128 + signal.SIGTERM if is_stopped else 0] * 2
+    assert group.errors == []
+
+
 @pytest.mark.parametrize(
     ("before", "after", "sharding"),
     [
