@@ -20,8 +20,8 @@ class Optimizers:
 
     Args:
         dtype: the format of matrix products.
-        width: of a model whose steps with Muon are to go as far as step_factors says; without it
-            the learning rate is taken as it is.
+        factors: what step_factors returned, where Muon is to go by it; without, every step is as
+            far as the learning rate says.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class Optimizers:
         weight_decay: float,
         world: World,
         dtype: torch.dtype = torch.float32,
-        width: int | None = None,
+        factors: dict[str, float] | None = None,
     ):
         kinds = weights_by_kind(model)
 
@@ -43,12 +43,11 @@ class Optimizers:
 
         betas = (0.9, 0.95)
         decays = dict.fromkeys(kinds, 0.0)
-        factors = dict.fromkeys(kinds, 1.0)
+        factors = factors if factors and name == "muon" else {}
 
         if name == "muon":
             # Beside Muon the rest learns more with a shorter memory, see benchmarks/README.md.
             betas = (0.8, 0.95)
-            factors |= step_factors(width) if width else {}
             groups = [
                 {"params": matrices, "weight_decay": weight_decay, "factor": factors.get(kind, 1.0)}
                 for kind, matrices in by_direction(model, kinds.pop("hidden")).items()
@@ -66,7 +65,7 @@ class Optimizers:
             decays |= {kind: weight_decay for kind in kinds if kind != "vectors"}
 
         groups = [
-            {"params": weights, "weight_decay": decays[kind], "factor": factors[kind]}
+            {"params": weights, "weight_decay": decays[kind], "factor": factors.get(kind, 1.0)}
             for kind, weights in kinds.items()
         ]
         options = {"betas": betas, "fused": world.device.type in ("cpu", "cuda")}
@@ -198,7 +197,7 @@ def by_direction(model: nn.Module, matrices: Iterable[Tensor]) -> dict[str, list
     return kinds
 
 
-def step_factors(width: int) -> dict[str, float]:
+def step_factors(width: int, num_updates: int) -> dict[str, float]:
     """Return how far, in learning rates, a step of each kind goes in pre-training with Muon.
 
     So that one rate, 5e-4, may serve any width D: what a layer puts out should change as much by a
@@ -206,14 +205,23 @@ def step_factors(width: int) -> dict[str, float]:
     mean square of AdamW's stretches states by sqrt(D); one of AdamW moves logits, sums over D, by
     D. So the embeddings that begin the residual stream move less in wide models, and what is added
     to it has to grow as slowly, or it drowns them. Positions begin as waves that are worth keeping.
-    The constants are from runs at 128 wide, the 32 from 128 to 512, see benchmarks/README.md.
+
+    And so that it may serve runs of any length: the noise of T updates adds up to sqrt(T) steps.
+    How large the updates are does not matter, nor do more than 2,800 of them: longer runs have not
+    been tried.
+
+    The constants are from runs at 128 wide, the 32 from 128 to 512, the 700 at 256, see
+    benchmarks/README.md.
     """
+    length = 1 / min(2.0, max(1.0, math.sqrt(num_updates / 700)))
+    muon, adamw = 320 / math.sqrt(width) * length, 5120 / width * length
+
     return {
-        "hidden": 320 / math.sqrt(width),
-        "residual": 320 / math.sqrt(width) * min(1.0, 32 / width),
-        "embeddings": 5120 / width,
-        "positions": 1280 / width,
-        "vectors": 5120 / width,
+        "hidden": muon,
+        "residual": muon * min(1.0, 32 / width),
+        "embeddings": adamw,
+        "positions": adamw / 4,
+        "vectors": adamw,
     }
 
 

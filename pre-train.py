@@ -35,7 +35,7 @@ from devices import compile_model, peak_memory, product_format, sum_of_rates
 from distributed import World
 from metrics import picture_path
 from model import GPT, check_sizes
-from optimizers import Optimizers, Schedule
+from optimizers import Optimizers, Schedule, step_factors
 from planning import describe_plan, make_plan
 from session import (
     Session,
@@ -545,7 +545,7 @@ def build_trainer(args: Namespace, world: World) -> Trainer:
             args.weight_decay,
             world,
             product_format(args.precision),
-            args.embedding_dimensions,
+            step_factors(args.embedding_dimensions, total_steps(args)),
         ),
         build_schedule(args),
         world,
@@ -583,15 +583,19 @@ def tokens_per_step(args: Namespace) -> int:
     return samples_per_step(args) * args.block_size
 
 
+def total_steps(args: Namespace) -> int:
+    return args.num_epochs * steps_per_epoch(args)
+
+
 def build_schedule(args: Namespace) -> Schedule:
-    total_steps = args.num_epochs * steps_per_epoch(args)
+    num_steps = total_steps(args)
     warmup_steps = args.warmup_steps
 
     if warmup_steps is None:
-        warmup_steps = 0 if args.lr_schedule == "constant" else min(1000, total_steps // 20)
+        warmup_steps = 0 if args.lr_schedule == "constant" else min(1000, num_steps // 20)
 
     return Schedule(
-        args.lr_schedule, args.learning_rate, args.min_learning_rate, warmup_steps, total_steps
+        args.lr_schedule, args.learning_rate, args.min_learning_rate, warmup_steps, num_steps
     )
 
 
@@ -613,7 +617,7 @@ def settings(args: Namespace) -> dict:
 
 def describe(args: Namespace, trainer: Trainer, corpus: Corpus, compiled: str) -> None:
     """Print what is about to run, and what was chosen for it."""
-    tokens = args.num_epochs * steps_per_epoch(args) * tokens_per_step(args)
+    tokens = total_steps(args) * tokens_per_step(args)
 
     corpus.describe()
     describe_model(args, trainer)
@@ -641,7 +645,7 @@ def estimate(
     args: Namespace, trainer: Trainer, corpus: Corpus, libraries: int, is_chosen: bool
 ) -> int:
     """Take a few updates, and print what the whole run would take."""
-    num_updates = args.num_epochs * steps_per_epoch(args) - trainer.step
+    num_updates = total_steps(args) - trainer.step
     tests = [windows.batches(args.batch_size) for windows in corpus.tests.values()]
     plan = make_plan(trainer, step_loader(args, corpus, trainer.world), next(tests[0]), libraries)
     epochs = range(len(trainer.metrics) + 1, args.num_epochs + 1)

@@ -74,8 +74,10 @@ def test_loss_perplexity_and_bits_a_byte(trained, pre_train, small, dataset_path
     assert found == pytest.approx(measure(trained, files, 16), rel=5e-4)
 
 
-def test_it_is_the_loss_that_training_gives(trained, pre_train, small, tmp_path, capsys):
-    assert pre_train.main(look(small)) == 0
+@pytest.mark.parametrize("flags", [[], ["--batch_size=200"]], ids=["default", "large"])
+def test_it_is_the_loss_that_training_gives(trained, pre_train, small, tmp_path, capsys, flags):
+    """Also in batches that are too large for an epoch of the defaults."""
+    assert pre_train.main(look(small, *flags)) == 0
     ((loss, *_),) = numbers_of(capsys.readouterr().out).values()
 
     with open(tmp_path / "metrics.csv") as file:

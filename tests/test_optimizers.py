@@ -8,7 +8,7 @@ import torch
 
 from distributed import World
 from model import GPT
-from optimizers import Muon, Optimizers, Schedule, alike, orthogonalize
+from optimizers import Muon, Optimizers, Schedule, alike, orthogonalize, step_factors
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
@@ -53,17 +53,23 @@ def test_every_weight_has_one_optimizer_and_its_decay():
     ("first_step", "momenta"), [(0, (0.85, 0.85 + 1 / 3000, 0.85 + 2 / 3000)), (999, (0.95,) * 3)]
 )
 @pytest.mark.parametrize(
-    ("width", "hidden_rate", "residual_rate", "rest_rate", "positions_rate"),
-    [(16, 80e-3, 80e-3, 320e-3, 80e-3), (64, 40e-3, 20e-3, 80e-3, 20e-3)],
+    ("width", "num_updates", "hidden_rate", "residual_rate", "rest_rate", "positions_rate"),
+    [
+        (16, 1, 80e-3, 80e-3, 320e-3, 80e-3),
+        (64, 700, 40e-3, 20e-3, 80e-3, 20e-3),
+        (64, 1575, 80e-3 / 3, 40e-3 / 3, 160e-3 / 3, 40e-3 / 3),
+        (64, 2800, 20e-3, 10e-3, 40e-3, 10e-3),
+        (64, 100_000, 20e-3, 10e-3, 40e-3, 10e-3),
+    ],
 )
-def test_steps_go_by_the_width_of_the_model(
-    first_step, momenta, width, hidden_rate, residual_rate, rest_rate, positions_rate
+def test_steps_go_by_the_width_of_the_model_and_the_length_of_the_run(
+    first_step, momenta, width, num_updates, hidden_rate, residual_rate, rest_rate, positions_rate
 ):
     """Against the same optimizers, one at a time, at rates and momenta made by hand."""
     torch.manual_seed(0)
     model = GPT(300, 8, width, 2, 1)
     expected = copy.deepcopy(model)
-    optimizers = Optimizers(model, "muon", 0.1, World(), width=width)
+    optimizers = Optimizers(model, "muon", 0.1, World(), factors=step_factors(width, num_updates))
     (block,) = expected.blocks
     read = [block.attention.query_key_value.weight, block.mlp.hidden.weight]
     written = [block.attention.output.weight, block.mlp.output.weight]
@@ -100,7 +106,7 @@ def test_steps_go_by_the_width_of_the_model(
 def test_weights_go_on_with_the_steps_that_they_began_with():
     """A state of fewer groups, in which positions were stepped like the embeddings of tokens."""
     model = GPT(300, 8, 16, 2, 1)
-    optimizers = Optimizers(model, "muon", 0.1, World(), width=16)
+    optimizers = Optimizers(model, "muon", 0.1, World(), factors=step_factors(16, 1))
     muon, adamw = optimizers.state_dict()
     embeddings, positions, vectors = adamw["param_groups"]
     merged = {**embeddings, "params": embeddings["params"] + positions["params"], "factor": 7.0}
@@ -115,7 +121,7 @@ def test_matrices_that_were_saved_in_one_group_find_their_momentum():
     torch.manual_seed(0)
     model = GPT(300, 8, 16, 2, 2)
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
-    optimizers = Optimizers(model, "muon", 0.1, World(), width=16)
+    optimizers = Optimizers(model, "muon", 0.1, World(), factors=step_factors(16, 1))
     muon = Muon([{"params": matrices, "factor": 7.0}], torch.float32)
 
     for matrix in matrices:

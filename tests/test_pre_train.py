@@ -9,6 +9,7 @@ import sys
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -93,6 +94,14 @@ def test_first_weights_go_with_the_recipe(pre_train, small, tmp_path, optimizer,
     radii = positions[:, :2].norm(dim=1)
 
     assert (radii.std() < 1e-4 * radii.mean()) == are_waves
+
+
+def test_steps_go_by_the_width_and_the_length_of_the_run(pre_train, small, monkeypatch):
+    step_factors = Mock(wraps=pre_train.step_factors)
+    monkeypatch.setattr(pre_train, "step_factors", step_factors)
+    pre_train.main(small())
+
+    step_factors.assert_called_once_with(16, 9)
 
 
 def test_checkpoint_holds_tensors_strings_and_numbers(pre_train, small, tmp_path):
