@@ -46,8 +46,9 @@ class Optimizers:
         factors = factors if factors and name == "muon" else {}
 
         if name == "muon":
-            # Beside Muon the rest learns more with a shorter memory, see benchmarks/README.md.
-            betas = (0.8, 0.95)
+            # Beside Muon the rest learns more when it forgets directions sooner and sizes later,
+            # see benchmarks/README.md.
+            betas = (0.8, 0.99)
             groups = [
                 {"params": matrices, "weight_decay": weight_decay, "factor": factors.get(kind, 1.0)}
                 for kind, matrices in by_direction(model, kinds.pop("hidden")).items()

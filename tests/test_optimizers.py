@@ -83,7 +83,7 @@ def test_steps_go_by_the_width_of_the_model_and_the_length_of_the_run(
     groups = [{"params": rest, "lr": rest_rate}, {"params": [positions], "lr": positions_rate}]
     theirs = [
         Muon(hidden, torch.float32),
-        torch.optim.AdamW(groups, betas=(0.8, 0.95), weight_decay=0.0),
+        torch.optim.AdamW(groups, betas=(0.8, 0.99), weight_decay=0.0),
     ]
 
     for number, momentum in enumerate(momenta):
