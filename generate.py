@@ -10,6 +10,8 @@ from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
+import threads  # noqa: F401, for what it does before torch is there
+
 from arguments import (
     Parser,
     add_device,

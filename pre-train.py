@@ -11,6 +11,8 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
+import threads  # noqa: F401, for what it does before torch is there
+
 import torch
 from torch import Tensor
 

@@ -596,6 +596,15 @@ MUTATIONS = [
         "",
         "it counts as lost: the others fail",
     ),
+    Mutation(
+        63,
+        "Another program on the same cores",
+        ("test_training", "waiting_threads"),
+        "threads.py",
+        'os.environ["GOMP_SPINCOUNT"] = "2000"',
+        "pass",
+        "training takes up to 18 times as long",
+    ),
 ]
 
 

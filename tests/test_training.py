@@ -429,6 +429,31 @@ def test_compiled_training_learns_what_the_plain_network_does(precision, toleran
     assert max(abs(loss - expected) for loss, expected in losses) < tolerance
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the library is Linux's")
+@pytest.mark.parametrize(
+    ("script", "given", "turns"),
+    [
+        ("pre-train.py", {}, "2000"),
+        ("fine-tune.py", {}, "2000"),
+        ("generate.py", {}, "2000"),
+        ("generate.py", {"GOMP_SPINCOUNT": "77"}, "77"),
+        ("generate.py", {"OMP_WAIT_POLICY": "PASSIVE"}, "0"),
+    ],
+)
+def test_waiting_threads_let_others_run(script, given, turns, tmp_path):
+    """The library itself tells how long its threads spin, unless the user has chosen."""
+    settings = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    environment = {name: value for name, value in os.environ.items() if name not in settings}
+    environment |= given | {"OMP_DISPLAY_ENV": "VERBOSE"}
+    flag = "--checkpoint_path=missing.pt" if script == "generate.py" else "--help"
+    command = [sys.executable, ROOT / script, flag]
+    result = subprocess.run(
+        command, check=False, env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
+
+    assert f"GOMP_SPINCOUNT = '{turns}'" in result.stderr
+
+
 def test_freed_memory_is_kept():
     """Memory that is taken again costs no page faults."""
     code = """

@@ -1,0 +1,13 @@
+"""How long a thread that waits for another one keeps its core; to be imported before torch.
+
+On Linux PyTorch shares its work out with GNU's OpenMP, whose threads meet after every operation and
+spin for milliseconds, 300,000 turns, before they sleep. Beside another program one so keeps the
+core that the thread it waits for needs, and training takes 3 to 18 times as long. After 2,000 turns
+it takes twice as long, and 3 % longer where nothing else runs, see benchmarks/README.md.
+"""
+
+import os
+
+# Read once, when the library is loaded. Whoever sets one of them has chosen.
+if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+    os.environ["GOMP_SPINCOUNT"] = "2000"
