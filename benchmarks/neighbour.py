@@ -78,12 +78,14 @@ def neighbour(kind: str) -> Iterator[None]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    kinds = ("alone", "loop", "training")
+    parser.add_argument("--beside", nargs="+", choices=kinds, default=kinds)
     parser.add_argument("--turns", nargs="+", type=int, default=[300_000, 2_000])
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
 
-    for kind in ("alone", "loop", "training"):
+    for kind in args.beside:
         rates = {turns: [] for turns in args.turns}
 
         with neighbour(kind):
