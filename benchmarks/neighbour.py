@@ -25,6 +25,7 @@ LOOP = [sys.executable, "-c", "while True: pass"]
 
 
 def training(folder: str, num_epochs: int) -> list[str]:
+    """Return the command of a training run that keeps its files in a folder."""
     return [
         sys.executable,
         str(ROOT / "pre-train.py"),
@@ -40,6 +41,7 @@ def training(folder: str, num_epochs: int) -> list[str]:
 
 
 def tokens_per_second(num_epochs: int, turns: int) -> float:
+    """Return the speed of the last epoch of a run whose threads spin for so many turns."""
     environment = os.environ | {"GOMP_SPINCOUNT": str(turns)}
 
     with tempfile.TemporaryDirectory() as folder:
@@ -52,7 +54,7 @@ def tokens_per_second(num_epochs: int, turns: int) -> float:
 
 @contextlib.contextmanager
 def neighbour(kind: str) -> Iterator[None]:
-    """Let another program run meanwhile."""
+    """Let another program run meanwhile: none (alone), an endless loop, or a training run."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
 
     with tempfile.TemporaryDirectory() as folder:
