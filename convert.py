@@ -12,7 +12,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from arguments import Parser, fail
+from training.arguments import Parser, fail
 
 CARD = """---
 library_name: transformers
@@ -101,9 +101,9 @@ def main(argv: list[str] | None = None) -> int:
         return fail(error, status=2)
 
     # Only now, so that a wrong flag is answered at once.
-    from checkpoint import CheckpointError
-    from hugging_face import ConversionError
-    from tokenizer import DataError
+    from interop.hugging_face import ConversionError
+    from text.tokenizer import DataError
+    from training.checkpoint import CheckpointError
 
     try:
         action(args, given)
@@ -155,9 +155,9 @@ def check_source(source: str) -> None:
 
 
 def to_hugging_face(args: Namespace, given: set[str]) -> None:
-    import hugging_face
-    from checkpoint import MODEL_KEYS, build_model, load_checkpoint
     from generate import add_adapter
+    from interop import hugging_face
+    from training.checkpoint import MODEL_KEYS, build_model, load_checkpoint
 
     hugging_face.safetensors_package()
     folder, path, lora_path = map(
@@ -194,9 +194,9 @@ def to_hugging_face(args: Namespace, given: set[str]) -> None:
 
 
 def from_hugging_face(args: Namespace, given: set[str]) -> None:
-    import hugging_face
-    from checkpoint import FORMAT_VERSION, build_model
-    from tokenizer import ENCODING
+    from interop import hugging_face
+    from text.tokenizer import ENCODING
+    from training.checkpoint import FORMAT_VERSION, build_model
 
     source, path = args.from_hugging_face, Path(args.checkpoint_path)
 
@@ -224,8 +224,8 @@ def from_hugging_face(args: Namespace, given: set[str]) -> None:
 
 
 def to_peft(args: Namespace, given: set[str]) -> None:
-    import hugging_face
-    from checkpoint import load_checkpoint, load_model, merge_lora_checkpoint
+    from interop import hugging_face
+    from training.checkpoint import load_checkpoint, load_model, merge_lora_checkpoint
 
     hugging_face.safetensors_package()
     folder, path, lora_path = map(Path, (args.to_peft, args.checkpoint_path, args.lora_path))
@@ -251,9 +251,9 @@ def to_peft(args: Namespace, given: set[str]) -> None:
 
 
 def from_peft(args: Namespace, given: set[str]) -> None:
-    import hugging_face
-    from checkpoint import FORMAT_VERSION, fingerprint, load_model
-    from tokenizer import ENCODING
+    from interop import hugging_face
+    from text.tokenizer import ENCODING
+    from training.checkpoint import FORMAT_VERSION, fingerprint, load_model
 
     folder, path, lora_path = map(Path, (args.from_peft, args.checkpoint_path, args.lora_path))
 
@@ -288,8 +288,8 @@ def from_peft(args: Namespace, given: set[str]) -> None:
 
 def find_model(source: str) -> Path:
     """Return the folder of a model, which is downloaded if it is on the Hub."""
-    import hugging_face
-    from hub import download_model
+    from interop import hugging_face
+    from text.hub import download_model
 
     if Path(source).is_dir():
         return Path(source)
@@ -300,8 +300,8 @@ def find_model(source: str) -> Path:
 
 
 def check_vocabulary_size(model, path: Path) -> None:
-    from hugging_face import ConversionError
-    from tokenizer import VOCABULARY_SIZE
+    from interop.hugging_face import ConversionError
+    from text.tokenizer import VOCABULARY_SIZE
 
     if model.vocabulary_size != VOCABULARY_SIZE:
         raise ConversionError(
@@ -319,9 +319,10 @@ def new_folder(path: Path, flag: str) -> Iterator[Path]:
     Raises:
         ConversionError: when there is something at path already, or it cannot be written.
     """
-    from checkpoint import answers_to_holder, lock_path, sync_folder, temporary_path
-    from hugging_face import ConversionError
-    from locks import exclusive
+    from interop.hugging_face import ConversionError
+    from system.files import lock_path, sync_folder, temporary_path
+    from system.locks import exclusive
+    from training.checkpoint import answers_to_holder
 
     path = path.resolve()
     temporary = temporary_path(path)
@@ -348,7 +349,7 @@ def new_folder(path: Path, flag: str) -> Iterator[Path]:
 
 
 def check_absent(path: Path, flag: str) -> None:
-    from hugging_face import ConversionError
+    from interop.hugging_face import ConversionError
 
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ConversionError(f"{flag}: {path} is there already; remove it, or choose another one.")
@@ -356,7 +357,7 @@ def check_absent(path: Path, flag: str) -> None:
 
 def remove_left_over(temporary: Path, flag: str) -> None:
     """Remove what a killed run has left, and nothing that another program has made."""
-    from hugging_face import ConversionError
+    from interop.hugging_face import ConversionError
 
     if not temporary.exists():
         return
@@ -381,8 +382,8 @@ def new_checkpoint(path: Path, flag: str, base_path: Path | None = None) -> Iter
         flag: that named it.
         base_path: of the checkpoint that is read, which it must not be.
     """
-    from checkpoint import CheckpointError, claimed, save_checkpoint, set_aside
-    from session import written_by
+    from training.checkpoint import CheckpointError, claimed, save_checkpoint, set_aside
+    from training.session import written_by
 
     if base_path and path.resolve() in written_by(str(base_path)):
         raise CheckpointError(f"{flag}: this is the path of the base model.")
@@ -409,7 +410,7 @@ def write_files(folder: Path, texts: dict[str, str | dict], name: str, weights: 
     import torch
     from safetensors import SafetensorError
 
-    from hugging_face import ConversionError, load_file, safetensors_package
+    from interop.hugging_face import ConversionError, load_file, safetensors_package
 
     path = folder / name
 

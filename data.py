@@ -11,8 +11,8 @@ from fractions import Fraction
 import numpy as np
 import torch
 
-from instructions import Example
-from tokenizer import END_OF_TEXT, TOKEN_TYPE, DataError, token_sizes
+from text.instructions import Example
+from text.tokenizer import END_OF_TEXT, TOKEN_TYPE, DataError, token_sizes
 
 # The target of a position without loss; the value that torch's cross entropy ignores.
 IGNORE_INDEX = -100

@@ -10,11 +10,15 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
-import threads  # noqa: F401, for what it does before torch is there
-
 import torch
 
-from arguments import (
+from data import InstructionBatches, ordered_batches
+from model import GPT
+from system import threads  # noqa: F401, for what it does before torch is there
+from system.devices import PRECISIONS, compile_model, product_format, sum_of_rates
+from system.distributed import World
+from text.rows import Examples, RowSource, load_examples, parse_row_source
+from training.arguments import (
     Parser,
     UsageError,
     add_batches,
@@ -27,7 +31,7 @@ from arguments import (
     positive_float,
     positive_int,
 )
-from checkpoint import (
+from training.checkpoint import (
     MODEL_KEYS,
     CheckpointWriter,
     build_model,
@@ -35,15 +39,10 @@ from checkpoint import (
     fingerprint,
     load_checkpoint,
 )
-from data import InstructionBatches, ordered_batches
-from devices import PRECISIONS, compile_model, product_format, sum_of_rates
-from distributed import World
-from lora import add_lora, check_rank, lora_state_dict
-from metrics import picture_path
-from model import GPT
-from optimizers import Optimizers, Schedule
-from rows import Examples, RowSource, load_examples, parse_row_source
-from session import (
+from training.lora import add_lora, check_rank, lora_state_dict
+from training.metrics import picture_path
+from training.optimizers import Optimizers, Schedule
+from training.session import (
     Session,
     begin,
     check_paths,
@@ -56,7 +55,7 @@ from session import (
     run_script,
     written_by,
 )
-from training import Step, Trainer, load_share, load_weights
+from training.trainer import Step, Trainer, load_share, load_weights
 
 PRESETS = {
     "tiny": {

@@ -10,9 +10,8 @@ from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
-import threads  # noqa: F401, for what it does before torch is there
-
-from arguments import (
+from system import threads  # noqa: F401, for what it does before torch is there
+from training.arguments import (
     Parser,
     add_device,
     add_flag,
@@ -104,9 +103,9 @@ def main(argv: list[str] | None = None) -> int:
     args, given = build_parser().parse(argv, {})
 
     # Only now, so that a wrong flag is answered at once.
-    from checkpoint import CheckpointError
-    from devices import DeviceError, is_out_of_memory, resolve_device
-    from tokenizer import DataError
+    from system.devices import DeviceError, is_out_of_memory, resolve_device
+    from text.tokenizer import DataError
+    from training.checkpoint import CheckpointError
 
     speaker = None
 
@@ -137,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def advise_on_memory(error: Exception, speaker: "Speaker | None", device) -> str:
     """Say what fits where memory has run out."""
-    from devices import release
+    from system.devices import release
 
     release(error)
     # A system that runs out of memory ends the process that tries.
@@ -161,8 +160,8 @@ class Speaker:
     """
 
     def __init__(self, args: Namespace, device, needs_lora: bool):
-        from checkpoint import load_model
-        from devices import PRECISIONS, resolve_precision
+        from system.devices import PRECISIONS, resolve_precision
+        from training.checkpoint import load_model
 
         self.args = args
         self.device = device
@@ -213,8 +212,9 @@ class Speaker:
         """Return a lower number of texts that memory holds, found by trying; None without any."""
         import torch
 
-        from devices import first_that_fits
-        from model import Sampler, generate
+        from inference.decoding import generate
+        from inference.sampling import Sampler
+        from system.devices import first_that_fits
 
         def attempt(number: int) -> None:
             # From almost at the end of the context to beyond it.
@@ -236,8 +236,8 @@ class Speaker:
 
     def tokens(self, prompt: str) -> list[int]:
         """Turn a prompt into what the model reads: its last tokens, and one at least."""
-        from instructions import format_prompt
-        from tokenizer import END_OF_TEXT, encode
+        from text.instructions import format_prompt
+        from text.tokenizer import END_OF_TEXT, encode
 
         tokens = encode(format_prompt(prompt) if self.uses_template else prompt).tolist()
 
@@ -257,8 +257,9 @@ class Speaker:
         """Yield what each new token adds to each text; None once a text has ended."""
         import torch
 
-        from model import Sampler, generate
-        from tokenizer import END_OF_TEXT, load_encoding
+        from inference.decoding import generate
+        from inference.sampling import Sampler
+        from text.tokenizer import END_OF_TEXT, load_encoding
 
         args, encoding = self.args, load_encoding()
         x = torch.tensor([prompt] * args.num_samples, device=self.device)  # (B, T)
@@ -294,7 +295,7 @@ def add_adapter(model, path: Path, is_needed: bool) -> bool:
     Args:
         is_needed: whether it was asked for by name; else it may be missing, or of another base.
     """
-    from checkpoint import fingerprint, load_checkpoint, merge_lora_checkpoint
+    from training.checkpoint import fingerprint, load_checkpoint, merge_lora_checkpoint
 
     if not (is_needed or path.exists()):
         return False

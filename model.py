@@ -1,14 +1,12 @@
-"""A GPT-2-like language model: network, loss, and generation with a key-value cache.
+"""A GPT-2-like language model.
 
 Axes of the tensors: B batch, T tokens, S tokens in the cache, D embedding_dimensions, H attention
 heads, K = D / H.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from os import PathLike
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -85,7 +83,7 @@ class GPT(nn.Module):
             z, self.token_embeddings.weight, y, self.vocabulary_size, self.exponentiate
         )
 
-    def encode(self, x: Tensor, cache: "KeyValueCache | None" = None) -> Tensor:
+    def encode(self, x: Tensor, cache: "Cache | None" = None) -> Tensor:
         """Turn token ids (B, T) into the states that the output layer reads, (B, T, D).
 
         Args:
@@ -115,18 +113,6 @@ class GPT(nn.Module):
         product = few_rows_product if is_generating(z) else F.linear
 
         return product(z, weight)[..., : self.vocabulary_size]
-
-    @classmethod
-    def load(cls, path: str | PathLike, device: str = "cpu") -> "GPT":
-        """Read the model of a checkpoint, ready to predict and to generate.
-
-        Raises:
-            CheckpointError: when there is none at path, or it is damaged.
-        """
-        # What reads files knows the model, not the other way round.
-        from checkpoint import load_model
-
-        return load_model(Path(path)).to(device).eval()
 
     @torch.no_grad()
     def initialize(self) -> None:
@@ -367,210 +353,21 @@ def check_sizes(embedding_dimensions: int, num_attention_heads: int) -> None:
         )
 
 
-class KeyValueCache:
-    """Keys and values of texts under way, so that each token is computed once; allocated once.
-
-    Args:
-        batch_size: how many texts are read side by side.
-    """
-
-    def __init__(self, model: GPT, batch_size: int):
-        weight = model.token_embeddings.weight
-        num_heads = model.blocks[0].attention.num_attention_heads
-        size = (len(model.blocks), 2, batch_size, num_heads, model.block_size)
-
-        # Zeros, for what is masked is multiplied by zero, and that of a random number may be NaN.
-        storage = weight.new_zeros(*size, weight.size(1) // num_heads)
-        self.layers = [LayerCache(self, keys_values) for keys_values in storage]
-
-        # Of the tokens to be read next: where they are, how much of the cache they may see, and
-        # which of it when that is not all before them.
-        self.positions = torch.zeros(1, dtype=torch.int64, device=weight.device)  # (T)
-        self.num_visible = 0
-        self.mask: Tensor | None = None  # bool (T, S)
-
-
-class LayerCache:
-    """The part of one layer: keys and values, (2, B, H, block_size, K)."""
-
-    def __init__(self, cache: KeyValueCache, keys_values: Tensor):
-        self.cache = cache
-        self.keys_values = keys_values
+class LayerCache(Protocol):
+    """Keys and values of one layer, of the tokens before."""
 
     def add(self, parts: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Take in those of new tokens, behind their queries in (B, T, 3, H, K).
-
-        Returns:
-            All that are visible, (B, H, S, K) each, and the mask.
-        """
-        new = parts[:, :, 1:].permute(2, 0, 3, 1, 4)  # (2, B, H, T, K)
-        self.keys_values.index_copy_(3, self.cache.positions, new)
-
-        keys, values = self.keys_values.narrow(3, 0, self.cache.num_visible).unbind()
-
-        return keys, values, self.cache.mask
+        """Take in those of new tokens, (B, T, 3, H, K); return all, (B, H, S, K), and the mask."""
+        ...
 
 
-class Decoder:
-    """Reads tokens, and predicts what follows each reading.
+class Cache(Protocol):
+    """What generation keeps of the tokens before, see inference/cache.py.
 
-    While a text fits the context, only new tokens are computed. Beyond it the context slides: every
-    token has another position then, so the last block_size tokens are computed anew for each.
-
-    Args:
-        batch_size: how many texts are read side by side.
-        use_graphs: whether a step is recorded once and replayed as a CUDA graph.
+    Attributes:
+        positions: of the tokens that are read next, int64 (T).
+        layers: one cache for each block.
     """
 
-    # A graph sees a fixed part of the cache: the next multiple of so many tokens.
-    GRAPH_STEP = 256
-
-    def __init__(self, model: GPT, batch_size: int, use_graphs: bool = False):
-        self.model = model
-        self.cache = KeyValueCache(model, batch_size)
-        self.text = torch.empty(batch_size, 0, dtype=torch.int64, device=self.device)  # (B, T)
-        self.use_graphs = use_graphs
-        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self.logits: dict[int, Tensor] = {}
-        self.token = torch.zeros(batch_size, 1, dtype=torch.int64, device=self.device)  # (B, 1)
-        self.position = torch.zeros(1, dtype=torch.int64, device=self.device)
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.token_embeddings.weight.device
-
-    @torch.inference_mode()
-    def read(self, x: Tensor) -> Tensor:
-        """Read tokens behind those read before.
-
-        Args:
-            x: token ids, int64 (B, T) with T > 0; T = 1 but for the first reading.
-
-        Returns:
-            The logits of the next token, float32 (B, vocabulary_size).
-        """
-        first, block_size = self.text.size(1), self.model.block_size
-        self.text = torch.cat([self.text, x], dim=1)
-
-        if self.text.size(1) > block_size:
-            self.text = self.text[:, -block_size:]
-
-            return self.predict(self.model.encode(self.text))
-
-        if self.use_graphs and first:
-            return self.replay(x, first)
-
-        self.cache.positions = torch.arange(first, self.text.size(1), device=self.device)
-        self.cache.num_visible = self.text.size(1)
-        self.cache.mask = None
-
-        return self.predict(self.model.encode(x, self.cache))
-
-    def predict(self, z: Tensor) -> Tensor:
-        """Turn states (B, T, D) into the logits behind the last one, float32 (B, V)."""
-        return self.model.project(z[:, -1]).float()
-
-    def replay(self, x: Tensor, position: int) -> Tensor:
-        """Read one token of each text, (B, 1), by a graph of all kernels that this takes."""
-        num_visible = min(
-            self.model.block_size, math.ceil((position + 1) / self.GRAPH_STEP) * self.GRAPH_STEP
-        )
-
-        if num_visible not in self.graphs:
-            self.record(num_visible)
-
-        self.token.copy_(x)
-        self.position.fill_(position)
-        self.graphs[num_visible].replay()
-
-        return self.logits[num_visible]
-
-    def record(self, num_visible: int) -> None:
-        """Record a step as a graph; every tensor that it reads or writes stays where it is."""
-        side_stream = torch.cuda.Stream()
-        side_stream.wait_stream(torch.cuda.current_stream())
-
-        # Kernels choose their workspaces the first time, which must not be recorded.
-        with torch.cuda.stream(side_stream):
-            self.step(num_visible)
-
-        torch.cuda.current_stream().wait_stream(side_stream)
-        self.graphs[num_visible] = torch.cuda.CUDAGraph()
-
-        with torch.cuda.graph(self.graphs[num_visible]):
-            self.logits[num_visible] = self.step(num_visible)
-
-    def step(self, num_visible: int) -> Tensor:
-        """Read self.token at self.position, with a fixed part of the cache behind a mask."""
-        places = torch.arange(num_visible, device=self.device)
-        self.cache.positions = self.position
-        self.cache.num_visible = num_visible
-        self.cache.mask = (places <= self.position)[None]  # (1, S)
-
-        return self.predict(self.model.encode(self.token, self.cache))
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """Chooses tokens by their probabilities.
-
-    Args:
-        temperature: what logits are divided by; 0 takes the most probable token.
-        top_k: only so many of the most probable tokens may be taken.
-        top_p: of these only as many as together reach this probability (Holtzman et al. 2020).
-    """
-
-    temperature: float = 1.0
-    top_k: int = 20
-    top_p: float = 1.0
-
-    def __call__(self, logits: Tensor, uniform: Tensor) -> Tensor:
-        """Choose a token for each text.
-
-        Args:
-            logits: float32 (B, V).
-            uniform: random numbers in [0, 1), float32 (B): all the chance there is.
-
-        Returns:
-            Token ids, int64 (B).
-        """
-        if self.temperature == 0:
-            return logits.argmax(dim=-1)
-
-        logits, tokens = logits.topk(min(self.top_k, logits.size(-1)))  # (B, k), falling
-        sums = (logits / self.temperature).softmax(dim=-1).cumsum(dim=-1)  # (B, k)
-        # As many as it takes to reach top_p, so one at least.
-        num_kept = (sums < self.top_p).sum(dim=-1, keepdim=True).clamp(max=sums.size(-1) - 1)
-        target = uniform[:, None] * sums.gather(1, num_kept)  # (B, 1)
-        choice = (sums <= target).sum(dim=-1, keepdim=True).clamp(max=sums.size(-1) - 1)
-
-        return tokens.gather(1, choice).squeeze(1)
-
-
-def generate(
-    model: GPT,
-    prompt: Tensor,
-    num_tokens: int,
-    sampler: Sampler,
-    seed: int,
-    use_graphs: bool = False,
-) -> Iterator[Tensor]:
-    """Continue a prompt, token by token.
-
-    Args:
-        prompt: token ids, int64 (B, T) with T > 0; of a long one the last block_size are read.
-
-    Yields:
-        The next token of each text, int64 (B).
-    """
-    generator = torch.Generator().manual_seed(seed)
-    chance = torch.rand(num_tokens, len(prompt), generator=generator).to(prompt.device)
-    decoder = Decoder(model, len(prompt), use_graphs)
-    x = prompt[:, -model.block_size :]
-
-    for uniform in chance:
-        tokens = sampler(decoder.read(x), uniform)  # (B)
-
-        yield tokens
-
-        x = tokens[:, None]
+    positions: Tensor
+    layers: Sequence[LayerCache]

@@ -11,12 +11,16 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
-import threads  # noqa: F401, for what it does before torch is there
-
 import torch
 from torch import Tensor
 
-from arguments import (
+from model import GPT, check_sizes
+from system import threads  # noqa: F401, for what it does before torch is there
+from system.devices import compile_model, peak_memory, product_format, sum_of_rates
+from system.distributed import World
+from text.token_files import TokenDataset
+from text.tokenizer import VOCABULARY_SIZE
+from training.arguments import (
     Parser,
     UsageError,
     add_batches,
@@ -31,15 +35,18 @@ from arguments import (
     positive_float,
     positive_int,
 )
-from checkpoint import MODEL_KEYS, CheckpointError, CheckpointWriter, build_model, load_checkpoint
-from corpus import Corpus, Sources, gather, open_datasets, parse_sources, report_losses
-from devices import compile_model, peak_memory, product_format, sum_of_rates
-from distributed import World
-from metrics import picture_path
-from model import GPT, check_sizes
-from optimizers import Optimizers, Schedule, step_factors
-from planning import describe_plan, make_plan
-from session import (
+from training.checkpoint import (
+    MODEL_KEYS,
+    CheckpointError,
+    CheckpointWriter,
+    build_model,
+    load_checkpoint,
+)
+from training.corpus import Corpus, Sources, gather, open_datasets, parse_sources, report_losses
+from training.metrics import picture_path
+from training.optimizers import Optimizers, Schedule, step_factors
+from training.planning import describe_plan, make_plan
+from training.session import (
     Session,
     begin,
     check_paths,
@@ -53,9 +60,7 @@ from session import (
     run_script,
     written_by,
 )
-from token_files import TokenDataset
-from tokenizer import VOCABULARY_SIZE
-from training import (
+from training.trainer import (
     Step,
     Trainer,
     load_share,

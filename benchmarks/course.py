@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from curves import (  # noqa: E402
+from training.pictures import (  # noqa: E402
     BOTTOM,
     LEFT,
     RIGHT,

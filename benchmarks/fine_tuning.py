@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from data import InstructionBatches
-from devices import (
+from model import GPT
+from system.devices import (
     PRECISIONS,
     autocast,
     compile_model,
@@ -30,11 +31,10 @@ from devices import (
     resolve_precision,
     synchronize,
 )
-from distributed import World
-from lora import add_lora
-from model import GPT
-from rows import StandardLibraryFunctions, load_examples
+from system.distributed import World
+from text.rows import StandardLibraryFunctions, load_examples
 from trainers import make_trainer, never
+from training.lora import add_lora
 
 BLOCK_SIZE, BATCH_SIZE, RANK, ALPHA = 512, 4, 8, 2.0
 

@@ -19,8 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from devices import PRECISIONS, resolve_device, resolve_precision, synchronize
-from model import GPT, KeyValueCache, Sampler, generate
+from inference.cache import KeyValueCache
+from inference.decoding import generate
+from inference.sampling import Sampler
+from model import GPT
+from system.devices import PRECISIONS, resolve_device, resolve_precision, synchronize
 
 SIZES = {
     "vocabulary_size": 50257,

@@ -35,16 +35,16 @@ import numpy as np
 import tiktoken
 import torch
 
-import parts
 from data import EvaluationWindows, split_windows
-from devices import compile_model, resolve_device, resolve_precision, tune_memory
-from distributed import World
 from model import GPT
-from optimizers import Schedule
-from preparation import Source, is_prepared, load_or_prepare, parse_source
-from token_files import SPLITS, TokenDataset, open_dataset, read_sidecar, token_path
-from tokenizer import END_OF_TEXT, PIECES, TOKEN_TYPE, VOCABULARY_SIZE, load_encoding
+from system.devices import compile_model, resolve_device, resolve_precision, tune_memory
+from system.distributed import World
+from text import parts
+from text.preparation import Source, is_prepared, load_or_prepare, parse_source
+from text.token_files import SPLITS, TokenDataset, open_dataset, read_sidecar, token_path
+from text.tokenizer import END_OF_TEXT, PIECES, TOKEN_TYPE, VOCABULARY_SIZE, load_encoding
 from trainers import make_trainer, never
+from training.optimizers import Schedule
 
 BLOCK_SIZE, BATCH_SIZE = 256, 16
 # Training losses are means of as many steps.
@@ -55,7 +55,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = f"""
 import runpy, sys
 sys.path.insert(0, {str(ROOT)!r})
-import tokenizer
+from text import tokenizer
 tokenizer.VOCABULARY_SIZE = int(sys.argv.pop(1))
 runpy.run_path({str(ROOT / "pre-train.py")!r}, run_name="__main__")
 """

@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.nn.functional as F
 
-from devices import (
+from loss import exponentiate, linear_cross_entropy
+from system.devices import (
     PRECISIONS,
     autocast,
     resolve_device,
@@ -27,8 +28,7 @@ from devices import (
     synchronize,
     tune_memory,
 )
-from loss import exponentiate, linear_cross_entropy
-from tokenizer import VOCABULARY_SIZE
+from text.tokenizer import VOCABULARY_SIZE
 
 
 def main() -> None:

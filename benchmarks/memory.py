@@ -17,10 +17,10 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from devices import compile_model, peak_memory, tune_memory  # noqa: E402
-from distributed import World  # noqa: E402
 from model import GPT  # noqa: E402
-from tokenizer import VOCABULARY_SIZE  # noqa: E402
+from system.devices import compile_model, peak_memory, tune_memory  # noqa: E402
+from system.distributed import World  # noqa: E402
+from text.tokenizer import VOCABULARY_SIZE  # noqa: E402
 from trainers import make_trainer, never  # noqa: E402
 
 PRESETS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")

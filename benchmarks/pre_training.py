@@ -35,10 +35,10 @@ def ours(args: argparse.Namespace, optimizer: str) -> Callable[[], float]:
 
     import torch
 
-    from devices import compile_model, tune_memory
-    from distributed import World
     from model import GPT
-    from tokenizer import VOCABULARY_SIZE
+    from system.devices import compile_model, tune_memory
+    from system.distributed import World
+    from text.tokenizer import VOCABULARY_SIZE
     from trainers import make_trainer, never
 
     if args.device == "cpu":
@@ -118,7 +118,7 @@ def limit(args: argparse.Namespace) -> Callable[[], float]:
 
     sys.path.insert(0, ROOT)
 
-    from devices import PRECISIONS, synchronize
+    from system.devices import PRECISIONS, synchronize
 
     device = torch.device(args.device)
     size = 8192 if device.type == "cuda" else 2048
@@ -160,7 +160,7 @@ def serve(connection, args: argparse.Namespace, name: str, prepare: Callable, *r
 
         import torch
 
-        from devices import peak_memory, synchronize
+        from system.devices import peak_memory, synchronize
 
         device = torch.device(args.device)
 
@@ -321,7 +321,7 @@ def complete(args: argparse.Namespace) -> None:
 def resolve(preset: str, device: str | None, precision: str) -> dict:
     sys.path.insert(0, ROOT)
 
-    from devices import resolve_device, resolve_precision
+    from system.devices import resolve_device, resolve_precision
 
     device = resolve_device(device)
     sizes = SMALL if preset == "small" else importlib.import_module("pre-train").PRESETS[preset]

@@ -24,7 +24,7 @@ import sys
 sys.path.insert(0, {root!r})
 import json, resource, threading
 from pathlib import Path
-import preparation
+from text import preparation
 
 folder = Path({folder!r}) / "dataset"
 
@@ -59,7 +59,7 @@ sys.path.insert(0, {root!r})
 import json, runpy
 from pathlib import Path
 import datasets, tiktoken
-import tokenizer
+from text import tokenizer
 
 load_dataset = datasets.load_dataset
 datasets.load_dataset = lambda *_, **__: load_dataset("parquet", data_files={text!r})
@@ -86,7 +86,7 @@ import sys
 sys.path.insert(0, {root!r})
 import json, time
 import pyarrow.parquet
-import tokenizer
+from text import tokenizer
 
 texts = pyarrow.parquet.read_table({text!r}, columns=["text"]).column(0).to_pylist()
 encoding = tokenizer.load_encoding()

@@ -29,7 +29,7 @@ import importlib, sys
 sys.path.insert(0, {root!r})
 script, training = importlib.import_module("pre-train"), importlib.import_module("training")
 
-class Trainer(training.Trainer):
+class Trainer(trainer.Trainer):
     def finish_epoch(self, *args):
         parts = [getattr(part, "optim", part) for part in self.optimizers.parts]
         states = [tensor for part in parts for state in part.state.values() for tensor in

@@ -21,12 +21,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from checkpoint import CheckpointWriter, save_checkpoint, verify_checksum
-from devices import resolve_device, resolve_precision, tune_memory
-from distributed import World
 from model import GPT
+from system.devices import resolve_device, resolve_precision, tune_memory
+from system.distributed import World
 from trainers import make_trainer, never
-from training import Trainer
+from training.checkpoint import CheckpointWriter, save_checkpoint, verify_checksum
+from training.trainer import Trainer
 
 
 def seconds(function: Callable, *args) -> float:

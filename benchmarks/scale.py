@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from model import GPT
-from tokenizer import VOCABULARY_SIZE
+from text.tokenizer import VOCABULARY_SIZE
 
 PRESETS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 NUM_GPUS = (1, 8, 64)

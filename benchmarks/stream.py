@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from data import SampleStream
-from tokenizer import TOKEN_TYPE
+from text.tokenizer import TOKEN_TYPE
 
 
 def main() -> None:

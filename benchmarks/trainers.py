@@ -7,10 +7,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from torch import nn  # noqa: E402
 
-from devices import product_format
-from distributed import World  # noqa: E402
-from optimizers import Optimizers, Schedule  # noqa: E402
-from training import StopSignal, Trainer  # noqa: E402
+from system.devices import product_format
+from system.distributed import World  # noqa: E402
+from training.optimizers import Optimizers, Schedule  # noqa: E402
+from training.trainer import StopSignal, Trainer  # noqa: E402
 
 
 def make_trainer(

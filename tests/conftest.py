@@ -91,8 +91,8 @@ def small(text_folder, dataset_path, tmp_path):
 @pytest.fixture(scope="session")
 def base_path(tmp_path_factory):
     """A checkpoint as pre-training writes it, with nothing but what fine-tuning reads."""
-    from checkpoint import save_checkpoint
     from model import GPT
+    from training.checkpoint import save_checkpoint
 
     path = tmp_path_factory.mktemp("base") / "checkpoint.pt"
     sizes = {
@@ -170,7 +170,8 @@ SAVE_AT_ONCE = "\ncheckpoint.available_memory = lambda: 0\n"
 PROLOGUE = f"""
 import importlib, os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
-import checkpoint, data, training
+import data
+from training import checkpoint, trainer
 """
 
 

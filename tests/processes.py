@@ -92,8 +92,17 @@ def work(argv, rank, size, port, folder, script, patch, env):
         **{"TORCHELASTIC_USE_AGENT_STORE": "True", "GLOO_SOCKET_IFNAME": "lo", **env},
     )
 
-    names = ("torch", "checkpoint", "data", "distributed", "model", "sharding", "session")
-    modules = {name: importlib.import_module(name) for name in (*names, "training")}
+    names = (
+        "torch",
+        "data",
+        "model",
+        "system.distributed",
+        "training.checkpoint",
+        "training.session",
+        "training.sharding",
+        "training.trainer",
+    )
+    modules = {name.rpartition(".")[2]: importlib.import_module(name) for name in names}
     modules["torch"].set_num_threads(1)
     namespace = {**modules, "argv": argv, "rank": rank, "os": os, "signal": signal, "sys": sys}
     namespace["script"] = importlib.import_module(script)

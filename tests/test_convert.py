@@ -24,8 +24,14 @@ from tiktoken_ext import openai_public
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2Model
 
-import hugging_face
-from checkpoint import (
+from inference.decoding import generate
+from inference.sampling import Sampler
+from interop import hugging_face
+from model import GPT
+from system.locks import exclusive
+from text.instructions import format_prompt, turns_of
+from text.tokenizer import END_OF_TEXT, load_encoding
+from training.checkpoint import (
     FORMAT_VERSION,
     build_model,
     fingerprint,
@@ -33,11 +39,7 @@ from checkpoint import (
     merge_lora_checkpoint,
     save_checkpoint,
 )
-from instructions import format_prompt, turns_of
-from locks import exclusive
-from lora import lora_shapes
-from model import GPT, Sampler, generate
-from tokenizer import END_OF_TEXT, load_encoding
+from training.lora import lora_shapes
 
 SIZES = {
     "vocabulary_size": 50257,
@@ -889,7 +891,7 @@ def test_one_process_at_a_time_writes_a_folder(refused, tmp_path):
         assert "is writing" in refused("--to_hugging_face=new")
 
 
-FAST = "import hub; hub.RETRY_PAUSES = hub.FIRST_RETRY_PAUSES = (0.01, 0.02)"
+FAST = "from text import hub; hub.RETRY_PAUSES = hub.FIRST_RETRY_PAUSES = (0.01, 0.02)"
 
 
 def download(tmp_path: Path, name: str, endpoint: str) -> tuple[int, str, str]:

@@ -20,8 +20,8 @@ from data import (
     resolve_weights,
     take_turns,
 )
-from instructions import Example
-from tokenizer import END_OF_TEXT, DataError
+from text.instructions import Example
+from text.tokenizer import END_OF_TEXT, DataError
 
 
 def test_weights():

@@ -19,22 +19,20 @@ import numpy as np
 import pytest
 import torch
 from conftest import NUM_ROWS, assert_same_run
-from test_checkpoint import claim, files_in
-from test_fuzz import with_right_checksum
-from test_pre_train import KILL_AT
+from faults import KILL_AT, Payload, claim, files_in, with_right_checksum
 
-import checkpoint
-from checkpoint import (
+from processes import CONTEXT, Group, finished
+from text.preparation import load_or_prepare
+from text.sources import TextFiles
+from text.tokenizer import DataError
+from training import checkpoint
+from training.checkpoint import (
     CheckpointError,
     load_checkpoint,
     previous_path,
     save_checkpoint,
     temporary_path,
 )
-from preparation import load_or_prepare
-from processes import CONTEXT, Group, finished
-from sources import TextFiles
-from tokenizer import DataError
 
 
 def sample(few, many):
@@ -112,7 +110,7 @@ def test_signals_at_random_moments(run, tmp_path, size, number):
         delays = [moments.uniform(0, 0.1) for _ in range(size)]
         patch = f"""
 import threading
-take_step = training.Trainer.take_step
+take_step = trainer.Trainer.take_step
 def signalled(self, *args):
     if self.step == {moments.randrange(20)}:
         send = lambda: os.kill(os.getpid(), signal.SIGTERM)
@@ -120,9 +118,9 @@ def signalled(self, *args):
         timer.daemon = True
         timer.start()
     # Long enough for the timer.
-    training.time.sleep(0.01)
+    trainer.time.sleep(0.01)
     return take_step(self, *args)
-training.Trainer.take_step = signalled
+trainer.Trainer.take_step = signalled
 """
         group = run(size, "--checkpoint_interval=4", name="stopped", patch=patch)
         statuses = group.wait()
@@ -231,16 +229,6 @@ def test_every_flipped_bit_of_a_token_file_is_caught(text_folder, tmp_path, spli
 
     path.write_bytes(content)
     load_or_prepare(TextFiles(text_folder), tmp_path, 1)
-
-
-class Payload:
-    """What is run by whoever unpickles it."""
-
-    def __init__(self, function, *arguments):
-        self.function, self.arguments = function, arguments
-
-    def __reduce__(self):
-        return self.function, self.arguments
 
 
 PAYLOADS = ["system", "posix", "subprocess", "exec", "eval", "open", "runpy", "numpy", "nested"]

@@ -11,12 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import assert_same_run, finish, launch
+from faults import KILL_AT, SIGNAL_AT, Payload, read
 from hub_server import parquet_rows, serve
-from test_endurance import Payload
-from test_pre_train import KILL_AT, SIGNAL_AT, read
 
-from checkpoint import build_model, load_checkpoint, save_checkpoint
 from processes import Group, assert_close_runs, finished
+from training.checkpoint import build_model, load_checkpoint, save_checkpoint
 
 
 @pytest.fixture
@@ -88,9 +87,9 @@ def test_run_learns_and_leaves_the_base_alone(fine_tune, small, base_path, tmp_p
 
 def test_what_was_saved_is_what_was_tested(fine_tune, small, base_path, rows_path, tmp_path):
     """The base with the adapter merged has, by plain cross entropy, the loss that was written."""
-    from checkpoint import merge_lora_checkpoint
     from data import IGNORE_INDEX, ordered_batches
-    from rows import RowFile, load_examples
+    from text.rows import RowFile, load_examples
+    from training.checkpoint import merge_lora_checkpoint
 
     fine_tune.main(small())
     model = build_model(load_checkpoint(base_path, ("model",)), base_path)
@@ -365,7 +364,7 @@ def test_network_that_fails_is_one_line(small, tmp_path):
 
 def test_compiled_without_a_break(base_path):
     """One graph for blocks of all lengths: the compiler gives up on nothing."""
-    from lora import add_lora
+    from training.lora import add_lora
 
     model = build_model(load_checkpoint(base_path, ("model",)), base_path)
     add_lora(model, 4, 2.0)
@@ -392,7 +391,7 @@ def test_masked_loss_equals_hugging_face():
     from test_model import hugging_face_pair
 
     from data import IGNORE_INDEX, collate
-    from instructions import Example
+    from text.instructions import Example
 
     ours, theirs = hugging_face_pair()
     generator = torch.Generator().manual_seed(0)
@@ -460,12 +459,12 @@ def test_stopped_and_resumed_on_two_processes(small, folders, sharding):
     left, right = folders
     flags = [f"--sharding={sharding}", "--precision=bf16"]
     stop = """
-take_step = training.Trainer.take_step
+take_step = trainer.Trainer.take_step
 def stopping(self, *args):
     if self.step == 9 and rank == 1:
         os.kill(os.getpid(), signal.SIGTERM)
     return take_step(self, *args)
-training.Trainer.take_step = stopping
+trainer.Trainer.take_step = stopping
 """
     finished(Group(small(*flags, out=left), 2, left, "fine-tune"), "lora.pt")
     group = Group(small(*flags, out=right), 2, right, "fine-tune", patch=stop)

@@ -12,15 +12,17 @@ import lzma
 import os
 import random
 import re
-import zlib
 
 import numpy as np
 import pytest
+from faults import with_right_checksum
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import checkpoint
-from checkpoint import (
+from model import GPT
+from text.sources import Reader, TextFiles
+from text.tokenizer import ENCODING, DataError, encode
+from training.checkpoint import (
     CheckpointError,
     build_model,
     fingerprint,
@@ -28,10 +30,7 @@ from checkpoint import (
     merge_lora_checkpoint,
     save_checkpoint,
 )
-from lora import add_lora, lora_state_dict
-from model import GPT
-from sources import Reader, TextFiles
-from tokenizer import ENCODING, DataError, encode
+from training.lora import add_lora, lora_state_dict
 
 # --- Command lines ---
 
@@ -180,14 +179,6 @@ def damage(content: bytes, generator: random.Random) -> bytes:
             damaged[place:place] = damaged[place : place + 200]
 
     return bytes(damaged)
-
-
-def with_right_checksum(content: bytes) -> bytes:
-    """Give what is in front of the checksum the one that it should have."""
-    size = len(checkpoint.comment_of(0))
-    archive = content[:-size] + checkpoint.NO_COMMENT
-
-    return content[:-size] + checkpoint.comment_of(zlib.crc32(archive))
 
 
 @pytest.mark.parametrize("number", [100, pytest.param(1000, marks=pytest.mark.slow)])

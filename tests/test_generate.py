@@ -15,7 +15,9 @@ import pytest
 import torch
 from conftest import ROOT
 
-from checkpoint import (
+from model import GPT
+from text.tokenizer import END_OF_TEXT, encode, load_encoding
+from training.checkpoint import (
     FORMAT_VERSION,
     build_model,
     fingerprint,
@@ -23,9 +25,7 @@ from checkpoint import (
     merge_lora_checkpoint,
     save_checkpoint,
 )
-from lora import lora_shapes
-from model import GPT
-from tokenizer import END_OF_TEXT, encode, load_encoding
+from training.lora import lora_shapes
 
 SIZES = {
     "vocabulary_size": 50257,

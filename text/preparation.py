@@ -1,0 +1,467 @@
+"""Text in, token files out: tokenized by several processes, restartable, whole or absent.
+
+    source -> files -> units of work -> parts, one per chunk of text -> two files
+
+Parts lie in NAME.parts, where a journal tells which units are done. Killed at any moment, the next
+preparation goes on with them. Parts depend on the text alone, so any number of processes, and any
+number of restarts, ends with the same bytes.
+"""
+
+import collections
+import contextlib
+import errno
+import functools
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from system.files import write_whole
+from system.locks import exclusive
+from text.hub import DamagedDownloadError, HubDataset
+from text.parts import JoinedFiles, Journal, PartWriter
+from text.sources import Listing, Reader, StandardLibrary, TextFiles
+from text.token_files import (
+    FORMAT_VERSION,
+    SPLITS,
+    TokenDataset,
+    check_sizes,
+    open_dataset,
+    read_sidecar,
+    state_of,
+    token_path,
+)
+from text.tokenizer import ENCODING, DataError
+
+# Files of at most so many bytes together are one unit of work.
+UNIT_SIZE = 1 << 21
+# A process more than this many bytes of text pay for is not started.
+MIN_SIZE_PER_PROCESS = 1 << 24
+MAX_DOWNLOADS = 3
+
+Source = TextFiles | HubDataset
+
+
+def parse_source(value: str, excluded: tuple[Path, ...] = ()) -> tuple[Source, float | None]:
+    """Read SOURCE or SOURCE=WEIGHT as in `--dataset`.
+
+    Args:
+        excluded: folders that are no part of a folder of text.
+
+    Raises:
+        ValueError: when it names no source, or the weight is not a number above zero.
+    """
+    head, separator, tail = value.rpartition("=")
+    weight = None
+
+    if separator and not os.path.exists(value):
+        try:
+            weight = float(tail)
+        except ValueError:
+            raise ValueError(f"a weight must be a number, {tail} given") from None
+
+        if not 0 < weight < float("inf"):
+            raise ValueError(f"a weight must be above 0 and finite, {tail} given")
+
+        value = head
+
+    if value == "openwebtext":
+        return HubDataset("Skylion007/openwebtext", name="openwebtext"), weight
+
+    if value == "stdlib":
+        return StandardLibrary(), weight
+
+    if os.path.exists(value):
+        return TextFiles(Path(value), excluded), weight
+
+    if dataset := HubDataset.parse(value):
+        return dataset, weight
+
+    raise ValueError(
+        f"{value or 'nothing'} is neither openwebtext, stdlib, a file or folder that is there,"
+        " nor owner/name"
+    )
+
+
+def load_or_prepare(source: Source, folder: Path, num_processes: int) -> TokenDataset:
+    """Map the token files of a source into memory, after making them where there are none.
+
+    Raises:
+        DataError: when files do not match what is written about them, or the source is unfit.
+        OSError: when the files cannot be read.
+    """
+    if not is_prepared(source, folder):
+        prepare(source, folder, num_processes)
+
+    return open_dataset(folder, source.name)
+
+
+def is_prepared(source: Source, folder: Path) -> bool:
+    """Tell whether there are token files of this very text; the Hub is not asked."""
+    path = folder / f"{source.name}.json"
+
+    if not path.exists():
+        return False
+
+    sidecar = read_sidecar(path)
+    prepared = sidecar["source"], sidecar["revision"]
+
+    return source.is_hub or prepared == (source.description, source.revision())
+
+
+def prepare(source: Source, folder: Path, num_processes: int) -> None:
+    """Tokenize a source into its token files, unless another process does so meanwhile.
+
+    Raises:
+        DataError: when the source cannot be read, or is too small to train and test on, or the
+            files cannot be written.
+    """
+    parts = folder / f"{source.name}.parts"
+
+    def tell(holder: str) -> None:
+        print(f"Note:   {source.name} is being prepared by {holder}; waiting for it", flush=True)
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+
+        with exclusive(folder / f"{source.name}.lock", tell) as is_held:
+            if not is_prepared(source, folder):
+                tell_change(source, folder)
+                shutil.rmtree(finished_path(parts), ignore_errors=True)
+                parts.mkdir(exist_ok=True)
+                prepare_parts(source, parts, num_processes)
+
+                if not is_held():
+                    raise DataError(f"{source.name}: another process has taken this over.")
+
+                publish(parts, folder, source.name)
+    except OSError as error:
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        cure = "Make room" if is_full else "Choose another --dataset_path"
+        kept = f"; what is whole is kept in {parts}, the same command goes on with it"
+
+        raise DataError(
+            f"{error.filename or folder} cannot be written: {error.strerror}."
+            f" {cure}{kept if parts.is_dir() else ''}."
+        ) from error
+
+
+def tell_change(source: Source, folder: Path) -> None:
+    """Say why a source is prepared that was prepared before."""
+    path = folder / f"{source.name}.json"
+
+    if path.exists():
+        sidecar = read_sidecar(path)
+        print(
+            f"Note:   {source.name} is prepared again, for the text has changed:"
+            f" {sidecar['source']}, {sidecar['revision']}, then;"
+            f" {source.description}, {source.revision()}, now"
+        )
+
+
+def prepare_parts(source: Source, parts: Path, num_processes: int) -> None:
+    """Leave both token files and their sidecar in the folder of parts.
+
+    Parts are joined as they come, once the share to test on is known, and deleted.
+    """
+    journal = Journal(parts / "journal.jsonl")
+    listing = None
+
+    # When all is tokenized the Hub has nothing more to say.
+    is_tokenized = journal.is_complete and journal.is_of(source.description, journal.revision)
+
+    if not (is_tokenized and source.is_hub):
+        listing = source.listing(journal.revision)
+        journal.open(source.description, listing.revision)
+
+    if (parts / "sidecar.json").exists():
+        return
+
+    with JoinedFiles(parts, journal) as joined:
+        if not journal.is_complete:
+            listing = listing or source.listing(journal.revision)
+
+            for _ in tokenize(source, listing, parts, journal, num_processes):
+                joined.add_new_parts()
+
+            journal.complete()
+
+        counts = joined.finish()
+
+    for split in SPLITS:
+        if not counts[split]["documents"]:
+            shutil.rmtree(parts)
+
+            raise DataError(
+                f"{source.name} has {counts['train']['documents']} documents to train on and"
+                f" {counts['test']['documents']} to test on; it takes at least one of each,"
+                " so give more documents."
+            )
+
+    sidecar = {
+        "format_version": FORMAT_VERSION,
+        "source": source.description,
+        "revision": journal.revision,
+        "encoding": ENCODING,
+        "split": f"test: blake2b('file row') below {joined.test_share}",
+        **counts,
+    }
+    write_whole(parts / "sidecar.json", json.dumps(sidecar, indent=2).encode())
+
+
+def publish(parts: Path, folder: Path, name: str) -> None:
+    """Move finished files to their places, the sidecar last."""
+    for stale in (folder / f"{name}.json", folder / f"{name}.verified"):
+        stale.unlink(missing_ok=True)
+
+    for split in SPLITS:
+        # Not there when a preparation was killed just here.
+        if (parts / f"{split}.bin").exists():
+            os.replace(parts / f"{split}.bin", token_path(folder, name, split))
+
+    # What was hashed on its way to the disk need not be read again.
+    sidecar = read_sidecar(parts / "sidecar.json")
+    check_sizes(folder, name, sidecar)
+    write_whole(folder / f"{name}.verified", state_of(folder, name, sidecar))
+    os.replace(parts / "sidecar.json", folder / f"{name}.json")
+
+    # Under its own name, half a folder would be gone on with.
+    os.replace(parts, finished_path(parts))
+    shutil.rmtree(finished_path(parts))
+
+
+def finished_path(parts: Path) -> Path:
+    return parts.with_suffix(".finished")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Work for one process: several files whole, or one chunk of a large one.
+
+    Args:
+        key: units sort by it in the order of the text.
+        before: the bytes of all files in front of these.
+    """
+
+    key: str
+    files: tuple
+    before: int
+    chunk: int | None = None
+
+
+def units(files: tuple, finished: set[str]) -> Iterator[Unit]:
+    """Divide files into work, in order; chunks of a large file go on until it is in finished."""
+    group, size, before = [], 0, 0
+
+    for number, file in enumerate(files):
+        is_divided = file.is_divisible and file.size > UNIT_SIZE
+
+        if group and (is_divided or size + file.size > UNIT_SIZE):
+            yield Unit(f"{number - len(group):08d}", tuple(group), before - size)
+            group, size = [], 0
+
+        if is_divided:
+            chunks = itertools.count()
+
+            while file.name not in finished:
+                chunk = next(chunks)
+                yield Unit(f"{number:08d}-{chunk:06d}", (file,), before, chunk)
+        else:
+            group.append(file)
+            size += file.size
+
+        before += file.size
+
+    if group:
+        yield Unit(f"{len(files) - len(group):08d}", tuple(group), before - size)
+
+
+def tokenize(
+    source: Source, listing: Listing, parts: Path, journal: Journal, num_processes: int
+) -> Iterator[None]:
+    """Do all units that the journal lacks; yield after each."""
+    affordable = math.ceil(listing.size / MIN_SIZE_PER_PROCESS)
+    num_workers = max(1, min(num_processes, os.cpu_count() or 1, affordable))
+    finished: set[str] = set()
+    work = functools.partial(tokenize_unit, parts)
+    results = in_order(work, units(listing.files, finished), journal.units, num_workers)
+    bar = {"desc": f"Tokenizing {source.name}", "unit": "B", "unit_scale": True, "leave": False}
+    # A log, in which every redrawn bar stays, gets one a minute.
+    is_terminal = getattr(sys.stderr, "isatty", bool)()
+    bar |= {} if is_terminal else {"mininterval": 60.0, "maxinterval": 60.0}
+    num_tokens = 0
+    open_reader.cache_clear()
+
+    with contextlib.closing(results), tqdm(total=listing.size, **bar) as progress:
+        for unit, result in results:
+            if result["ended"]:
+                finished.add(unit.files[-1].name)
+
+            if unit.key not in journal.units:
+                journal.add(result)
+
+            num_tokens += sum(sum(part["tokens"]) for part in result["parts"])
+            progress.set_postfix_str(f"{num_tokens:,} tokens", refresh=False)
+            progress.update(max(0, result["position"] - progress.n))
+
+            yield
+
+
+def in_order(
+    work: Callable[[Unit], dict], items: Iterable[Unit], done: dict[str, dict], num_workers: int
+) -> Iterator[tuple[Unit, dict]]:
+    """Yield each unit with its result, in order; what is done is not done again."""
+    if num_workers == 1:
+        for unit in items:
+            yield unit, done.get(unit.key) or work(unit)
+
+        return
+
+    pending: collections.deque[tuple[Unit, dict | Future]] = collections.deque()
+
+    def next_result() -> tuple[Unit, dict]:
+        unit, result = pending.popleft()
+
+        return unit, result.result() if isinstance(result, Future) else result
+
+    try:
+        with worker_processes(num_workers) as pool:
+            for unit in items:
+                with blocked_interrupts():
+                    pending.append((unit, done.get(unit.key) or pool.submit(work, unit)))
+
+                if len(pending) == 3 * num_workers:
+                    yield next_result()
+
+            while pending:
+                yield next_result()
+    except BrokenProcessPool as error:
+        raise DataError(
+            "A process that tokenizes was killed, for lack of memory or by a damaged file. The"
+            " same command goes on; lower --num_dataset_processes."
+        ) from error
+
+
+@contextlib.contextmanager
+def worker_processes(number: int) -> Iterator[ProcessPoolExecutor]:
+    """Start processes that end with this one, however it ends, and when the work is given up."""
+    context = multiprocessing.get_context("spawn")
+    lifeline, held = context.Pipe(duplex=False)
+
+    with (
+        lifeline,
+        held,
+        ProcessPoolExecutor(
+            number, mp_context=context, initializer=hold_lifeline, initargs=(lifeline,)
+        ) as pool,
+    ):
+        try:
+            yield pool
+        except BaseException:
+            held.close()
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+@contextlib.contextmanager
+def blocked_interrupts() -> Iterator[None]:
+    """Start processes that no Ctrl-C reaches, as it does all of a terminal: this one decides."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def hold_lifeline(lifeline) -> None:
+    """Leave at once when the other end of a pipe is closed, be it by a kill."""
+
+    def wait() -> None:
+        with contextlib.suppress(EOFError, OSError):
+            lifeline.recv_bytes()
+
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def tokenize_unit(parts: Path, unit: Unit) -> dict:
+    """Write the parts of a unit of work, after a damaged download once more.
+
+    Returns:
+        Its key, its parts as PartWriter makes them, whether its file has ended, and how many bytes
+        of all files are behind it.
+    """
+    for _ in range(MAX_DOWNLOADS - 1):
+        with contextlib.suppress(DamagedDownloadError):
+            return tokenize_unit_once(parts, unit)
+
+    return tokenize_unit_once(parts, unit)
+
+
+def tokenize_unit_once(parts: Path, unit: Unit) -> dict:
+    writer = PartWriter(parts, unit.key)
+
+    if unit.chunk is None:
+        ended, position = tokenize_files(unit.files, writer)
+    else:
+        ended, position = tokenize_chunk(unit.files[0], unit.chunk, writer)
+
+    writer.flush()
+
+    return {
+        "unit": unit.key,
+        "parts": writer.records,
+        "ended": ended,
+        "position": unit.before + position,
+    }
+
+
+def tokenize_files(files: tuple, writer: "PartWriter") -> tuple[bool, int]:
+    """Tokenize whole files; return, as tokenize_chunk does, that they have ended and their size."""
+    for file in files:
+        with Reader(file) as reader:
+            while not reader.is_finished:
+                writer.add(file, reader.chunk())
+
+    return True, sum(file.size for file in files)
+
+
+def tokenize_chunk(file, chunk: int, writer: "PartWriter") -> tuple[bool, int]:
+    """Tokenize one chunk of a file; return whether it has ended and how far it has been read."""
+    try:
+        reader = open_reader(file)
+
+        if reader.number > chunk:
+            open_reader.cache_clear()
+            reader = open_reader(file)
+
+        while reader.number < chunk and not reader.is_finished:
+            reader.skip()
+
+        if not reader.is_finished:
+            writer.add(file, reader.chunk())
+    except BaseException:
+        open_reader.cache_clear()
+        raise
+
+    return reader.is_finished, reader.position
+
+
+@functools.lru_cache(maxsize=1)
+def open_reader(file) -> Reader:
+    """Keep the file open that this process is at: it is given later and later chunks of it."""
+    return Reader(file)

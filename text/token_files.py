@@ -1,0 +1,141 @@
+"""Token files on the disk: what is known about them, and whether they are right.
+
+NAME-train.bin and NAME-test.bin hold token ids (uint16, little-endian, no header), end-of-text
+behind every document. NAME.json describes both and is written last; without it there is no dataset.
+"""
+
+import contextlib
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from system.files import write_whole
+from text.tokenizer import ENCODING, TOKEN_TYPE, VOCABULARY_SIZE, DataError
+
+FORMAT_VERSION = 2
+SPLITS = ("train", "test")
+
+
+@dataclass(frozen=True)
+class TokenDataset:
+    """The token files of one source, mapped into memory: uint16 arrays of token ids."""
+
+    name: str
+    train: np.ndarray
+    test: np.ndarray
+    fingerprint: str
+
+
+def open_dataset(folder: Path, name: str) -> TokenDataset:
+    """Map the token files of a source into memory, once they are checked.
+
+    Raises:
+        DataError: when they do not match what is written about them.
+    """
+    sidecar = read_sidecar(folder / f"{name}.json")
+    verify(folder, name, sidecar)
+    train, test = (
+        np.memmap(token_path(folder, name, split), dtype=TOKEN_TYPE, mode="r") for split in SPLITS
+    )
+
+    return TokenDataset(name, train, test, sidecar["train"]["sha256"])
+
+
+def token_path(folder: Path, name: str, split: str) -> Path:
+    return folder / f"{name}-{split}.bin"
+
+
+def read_sidecar(path: Path) -> dict:
+    """Read what is known about a pair of token files, and refuse what this code cannot use."""
+    remedy = f"delete {path} to have the dataset prepared again"
+
+    try:
+        sidecar = json.loads(path.read_text())
+        version, encoding = sidecar["format_version"], sidecar["encoding"]
+
+        if version == FORMAT_VERSION:
+            [sidecar[split][key] for split in SPLITS for key in ("documents", "sha256")]
+            [sidecar[split]["tokens"] + 0 for split in SPLITS]
+            [sidecar[key] for key in ("source", "revision")]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is damaged; {remedy}.") from error
+
+    if version != FORMAT_VERSION:
+        raise DataError(f"{path} has format {version}, format {FORMAT_VERSION} is read; {remedy}.")
+
+    if encoding != ENCODING:
+        raise DataError(f"{path} was tokenized by {encoding}, {ENCODING} is needed; {remedy}.")
+
+    return sidecar
+
+
+def verify(folder: Path, name: str, sidecar: dict) -> None:
+    """Compare token files with their sidecar: sizes always, contents once and after each change.
+
+    Raises:
+        DataError: when a file is missing, or its size, checksum or ids are wrong.
+    """
+    check_sizes(folder, name, sidecar)
+    stamp_path = folder / f"{name}.verified"
+    stamp = state_of(folder, name, sidecar)
+
+    if stamp_path.exists() and stamp_path.read_bytes() == stamp:
+        return
+
+    for split in SPLITS:
+        path = token_path(folder, name, split)
+        digest, largest = scan(path)
+
+        if digest != sidecar[split]["sha256"]:
+            raise DataError(f"{path} is damaged; delete {name}.json to have it prepared again.")
+
+        if largest >= VOCABULARY_SIZE:
+            raise DataError(
+                f"{path} holds token id {largest}, {ENCODING} ends at {VOCABULARY_SIZE - 1}."
+            )
+
+    # Files on a disk that cannot be written to are read through every time.
+    with contextlib.suppress(OSError):
+        write_whole(stamp_path, stamp)
+
+
+def check_sizes(folder: Path, name: str, sidecar: dict) -> None:
+    """Raise DataError unless both token files are there in their sizes."""
+    for split in SPLITS:
+        path = token_path(folder, name, split)
+        expected = sidecar[split]["tokens"] * TOKEN_TYPE.itemsize
+
+        if not path.exists():
+            raise DataError(f"{path} is missing; delete {name}.json to have it prepared again.")
+
+        if (size := path.stat().st_size) != expected:
+            raise DataError(
+                f"{path} has {size:,} bytes where {expected:,} were written;"
+                f" delete {name}.json to have it prepared again."
+            )
+
+
+def state_of(folder: Path, name: str, sidecar: dict) -> bytes:
+    """Return checksums, sizes and times of a pair of token files: what a file changes with."""
+    lines = []
+
+    for split in SPLITS:
+        status = token_path(folder, name, split).stat()
+        lines.append(f"{sidecar[split]['sha256']} {status.st_size} {status.st_mtime_ns}\n")
+
+    return "".join(lines).encode()
+
+
+def scan(path: Path) -> tuple[str, int]:
+    """Return the sha256 of a token file and its largest id (-1 when it is empty)."""
+    digest, largest = hashlib.sha256(), -1
+
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 24):
+            digest.update(chunk)
+            largest = max(largest, int(np.frombuffer(chunk, dtype=TOKEN_TYPE).max()))
+
+    return digest.hexdigest(), largest

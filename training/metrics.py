@@ -1,0 +1,130 @@
+"""The record of a run: its rows as a table, as a picture, in TensorBoard, and in a line for people.
+
+A row is a dictionary of numbers, one an epoch; None stands for a test that was not due.
+"""
+
+import csv
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from tqdm import tqdm
+
+from system.files import replaced
+from training.pictures import draw_curves
+
+# Begins the names of columns that hold the test loss of one source.
+SOURCE_LOSS = "test_loss_"
+
+
+class MetricsFile:
+    """The rows of a run as a CSV file, and as a picture beside it.
+
+    Where TensorBoard is installed, it has them in `runs` beside both.
+    """
+
+    COLUMNS = (
+        "epoch",
+        "step",
+        "tokens",
+        "train_loss",
+        "test_loss",
+        "perplexity",
+        "gradient_norm",
+        "learning_rate",
+        "tokens_per_second",
+        "mfu",
+        "seconds",
+    )
+
+    def __init__(self, path: Path, rows: list[dict], sources: Iterable[str] = ()):
+        """Begin a file with the rows that a resumed run has behind it: none twice, none lost.
+
+        Args:
+            sources: the names of those that have a column for their test loss.
+        """
+        self.path = path
+        self.rows = list(rows)
+        self.sources = {name: SOURCE_LOSS + name for name in sources}
+        self.columns = [*self.COLUMNS, *self.sources.values()]
+
+        with replaced(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, self.columns)
+            writer.writeheader()
+            writer.writerows(rows)
+
+        self.has_noted = False
+        self.draw()
+        self.board = self.open_board(path.parent / "runs" / path.stem, len(rows))
+
+    @staticmethod
+    def open_board(folder: Path, num_rows: int):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return None
+
+        return SummaryWriter(folder, purge_step=num_rows + 1)
+
+    def add(self, row: dict) -> None:
+        self.rows.append(row)
+
+        with open(self.path, "a", newline="") as file:
+            csv.DictWriter(file, self.columns).writerow(row)
+
+        if row["test_loss"] is not None:
+            self.draw()
+
+        if self.board is not None:
+            for name, value in row.items():
+                if name != "epoch" and value is not None:
+                    self.board.add_scalar(name, value, row["epoch"])
+
+            self.board.flush()
+
+    def draw(self) -> None:
+        """Draw the curves of all rows; a picture that fails is one note a run, and no more."""
+        picture = picture_path(self.path)
+
+        try:
+            content = draw_curves(self.rows, self.sources, self.path.stem)
+
+            with replaced(picture, "w", newline="", encoding="utf-8") as file:
+                file.write(content)
+        except Exception as error:  # no picture is worth a run
+            if not self.has_noted:
+                reason = getattr(error, "strerror", None) or error
+                tqdm.write(f"Note:   {picture} was not drawn: {reason}", file=sys.stderr)
+
+            self.has_noted = True
+
+
+def picture_path(metrics_path: Path) -> Path:
+    """Return where the curves of a table are drawn."""
+    name = metrics_path.name.removesuffix(".csv")
+
+    return metrics_path.parent / f"{name}.svg"
+
+
+def describe_row(row: dict, num_epochs: int) -> str:
+    """Put a row of the metrics into one line for people."""
+    parts = [f"epoch {row['epoch']}/{num_epochs}", f"train loss {row['train_loss']:.3f}"]
+
+    if row["test_loss"] is not None:
+        by_source = ", ".join(
+            f"{name.removeprefix(SOURCE_LOSS)} {loss:.3f}"
+            for name, loss in row.items()
+            if name.startswith(SOURCE_LOSS)
+        )
+        parts += [
+            f"test loss {row['test_loss']:.3f}" + (f" ({by_source})" if by_source else ""),
+            f"perplexity {row['perplexity']:,.1f}",
+        ]
+
+    parts += [
+        f"gradient norm {row['gradient_norm']:.2f}",
+        f"learning rate {row['learning_rate']:.1e}",
+        f"{row['tokens_per_second']:,.0f} tokens/s",
+    ]
+
+    return ", ".join(parts)

@@ -1,0 +1,402 @@
+"""What moves the weights: AdamW and Muon, on one process or shared out; the learning rate."""
+
+import functools
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from system.distributed import World, own_part, spread_like, whole
+
+
+class Optimizers:
+    """AdamW for all weights of a model, or Muon for the hidden matrices and AdamW for the rest.
+
+    AdamW decays matrices only (Loshchilov and Hutter 2019); Muon's alone decay where it is chosen.
+
+    Args:
+        dtype: the format of matrix products.
+        factors: what step_factors returned, where Muon is to go by it; without, every step is as
+            far as the learning rate says.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        name: str,
+        weight_decay: float,
+        world: World,
+        dtype: torch.dtype = torch.float32,
+        factors: dict[str, float] | None = None,
+    ):
+        kinds = weights_by_kind(model)
+
+        self.parts: list[Optimizer] = []
+        self.is_shared = world.size > 1 and not world.has_sharded_weights
+
+        if world.size > 1:
+            from training.sharding import ShardedMuon, SharedOptimizer
+
+        betas = (0.9, 0.95)
+        decays = dict.fromkeys(kinds, 0.0)
+        factors = factors if factors and name == "muon" else {}
+
+        if name == "muon":
+            # Beside Muon the rest learns more when it forgets directions sooner and sizes later,
+            # see benchmarks/README.md.
+            betas = (0.8, 0.99)
+            groups = [
+                {"params": matrices, "weight_decay": weight_decay, "factor": factors.get(kind, 1.0)}
+                for kind, matrices in by_direction(model, kinds.pop("hidden")).items()
+                if matrices
+            ]
+
+            if world.has_sharded_weights:
+                self.parts.append(ShardedMuon(groups, dtype, world))
+            elif self.is_shared:
+                muon = functools.partial(Muon, dtype=dtype)
+                self.parts.append(SharedOptimizer(groups, muon, is_elementwise=False))
+            else:
+                self.parts.append(Muon(groups, dtype))
+        else:
+            decays |= {kind: weight_decay for kind in kinds if kind != "vectors"}
+
+        groups = [
+            {"params": weights, "weight_decay": decays[kind], "factor": factors.get(kind, 1.0)}
+            for kind, weights in kinds.items()
+        ]
+        options = {"betas": betas, "fused": world.device.type in ("cpu", "cuda")}
+
+        if groups := [group for group in groups if group["params"]]:
+            if self.is_shared:
+                self.parts.append(SharedOptimizer(groups, AdamW, is_elementwise=True, **options))
+            else:
+                self.parts.append(AdamW(groups, **options))
+
+    def unscale(self, scaler: torch.amp.GradScaler) -> None:
+        for part in self.parts:
+            if self.is_shared:
+                part.take_gradients()
+
+            scaler.unscale_(part)
+
+    def step(self, scaler: torch.amp.GradScaler, learning_rate: float, step: int) -> None:
+        """Update the weights.
+
+        Args:
+            step: the number of updates before.
+        """
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = learning_rate * group["factor"]
+
+                if "momentum" in group:
+                    group["momentum"] = momentum(step)
+
+            scaler.step(part)
+
+    def zero_grad(self) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none=True)
+
+    @property
+    def num_bytes(self) -> int:
+        """The size of the state that this process keeps."""
+        states = [getattr(part, "optim", part).state for part in self.parts]
+        tensors = [t for state in states for values in state.values() for t in values.values()]
+
+        return sum(own_part(tensor).nbytes for tensor in tensors)
+
+    def state_dict(self) -> list[dict]:
+        """Return the state of all weights as torch's optimizers do, complete on the first process.
+
+        All processes have to call it.
+        """
+        return [whole(part.state_dict()) for part in self.parts]
+
+    def load_state_dict(self, states: Sequence[dict]) -> None:
+        """Go back to what state_dict has returned; it may live on any device.
+
+        Raises:
+            ValueError: when it comes from other optimizers.
+        """
+        if len(states) != len(self.parts):
+            raise ValueError(f"{len(states)} optimizers were saved, here are {len(self.parts)}")
+
+        for part, state in zip(self.parts, states, strict=True):
+            state = regroup(state, part)
+            part.load_state_dict(spread(state, part) if isinstance(part, AdamW) else state)
+
+
+def regroup(saved: dict, optimizer: Optimizer) -> dict:
+    """Divide saved weights among the groups of an optimizer, which has the settings of this run.
+
+    Raises:
+        ValueError: when there are more weights, or fewer.
+    """
+    groups = saved["param_groups"]
+    sizes = getattr(optimizer, "group_sizes", [len(g["params"]) for g in optimizer.param_groups])
+    num_saved = sum(len(group["params"]) for group in groups)
+
+    if num_saved != sum(sizes):
+        raise ValueError(f"the state of {num_saved} weights was saved, here are {sum(sizes)}")
+
+    order = list(range(num_saved))
+
+    # Runs that began when Muon stepped all matrices alike have them in the order of the network, by
+    # turns one that reads the residual stream and one that writes to it.
+    if "momentum" in optimizer.param_groups[0] and len(groups) < len(sizes):
+        order = order[::2] + order[1::2]
+
+    # Weights go on with the steps that they began with, whatever step_factors says by now.
+    factors = [group.get("factor", 1.0) for group in groups for _ in group["params"]]
+    numbers = iter(range(num_saved))
+    shares = [list(itertools.islice(numbers, size)) for size in sizes]
+
+    return {
+        "state": {
+            new: saved["state"][old] for new, old in enumerate(order) if old in saved["state"]
+        },
+        "param_groups": [
+            {**group, "params": share, "factor": factors[order[share[0]]]}
+            for group, share in zip(optimizer.param_groups, shares, strict=True)
+        ],
+    }
+
+
+def weights_by_kind(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Return the weights that are trained: hidden matrices, embeddings, positions and vectors."""
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    kinds = {kind: [] for kind in ("hidden", "embeddings", "positions", "vectors")}
+
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            if weight.ndim != 2:
+                kind = "vectors"
+            elif id(weight) not in tables:
+                kind = "hidden"
+            else:
+                kind = "positions" if name == "position_embeddings.weight" else "embeddings"
+
+            kinds[kind].append(weight)
+
+    return kinds
+
+
+def by_direction(model: nn.Module, matrices: Iterable[Tensor]) -> dict[str, list[Tensor]]:
+    """Divide hidden matrices into those that write to the residual stream and the others."""
+    writers = {id(w) for name, w in model.named_parameters() if name.endswith("output.weight")}
+    kinds = {"hidden": [], "residual": []}
+
+    for matrix in matrices:
+        kinds["residual" if id(matrix) in writers else "hidden"].append(matrix)
+
+    return kinds
+
+
+def step_factors(width: int, num_updates: int) -> dict[str, float]:
+    """Return how far, in learning rates, a step of each kind goes in pre-training with Muon.
+
+    The kinds are those of weights_by_kind; `residual` are the hidden matrices that write to the
+    residual stream.
+
+    So that one rate, 5e-4, may serve any width D: what a layer puts out should change as much by a
+    step in a wide model as in a narrow one (Yang et al. 2022, muP). An update of Muon with the root
+    mean square of AdamW's stretches states by sqrt(D); one of AdamW moves logits, sums over D, by
+    D. So the embeddings that begin the residual stream move less in wide models, and what is added
+    to it has to grow as slowly, or it drowns them. Positions begin as waves that are worth keeping.
+
+    And so that it may serve runs of any length: the noise of T updates adds up to sqrt(T) steps.
+    Their size matters little: by one comparison 16,384 tokens instead of 4,096 raise the best rate
+    by a quarter. From 2,800 updates on the steps stay at a half: runs of more than 3,000 have not
+    been tried.
+
+    The constants are from runs at 128 wide, the 32 from 128 to 512, the 700 at 256, see
+    benchmarks/README.md.
+    """
+    length = 1 / min(2.0, max(1.0, math.sqrt(num_updates / 700)))
+    muon, adamw = 320 / math.sqrt(width) * length, 5120 / width * length
+
+    return {
+        "hidden": muon,
+        "residual": muon * min(1.0, 32 / width),
+        "embeddings": adamw,
+        "positions": adamw / 4,
+        "vectors": adamw,
+    }
+
+
+def momentum(step: int) -> float:
+    """Return how much of the gradients before Muon remembers: less while these soon grow old."""
+    return 0.85 + 0.1 * min(1.0, step / 300)
+
+
+def spread(state: dict, optimizer: Optimizer) -> dict:
+    """Cut the state of an optimizer like its weights, where these are spread over processes."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+
+    return {
+        **state,
+        "state": {
+            index: {
+                name: spread_like(value, weights[index]) if value.ndim else value
+                for name, value in values.items()
+            }
+            for index, values in state["state"].items()
+        },
+    }
+
+
+class Muon(Optimizer):
+    """Momentum whose updates of a matrix are made nearly orthogonal (Jordan et al. 2024).
+
+    The rows of an update, one for each neuron, are brought to one size by what theirs were in the
+    updates before (NorMuon, Li et al. 2025). The whole has the root mean square of an update of
+    AdamW (Liu et al. 2025), so that one learning rate serves both.
+
+    Args:
+        dtype: the format of the matrix products; the momentum has that of the weights.
+    """
+
+    # How much of the mean square of a row is remembered from update to update.
+    MEMORY = 0.95
+    # The size of AdamW's updates, as a root mean square, when gradients are mostly noise.
+    SIZE = 0.2
+
+    def __init__(self, params, dtype: torch.dtype):
+        super().__init__(params, {"lr": 0.0, "weight_decay": 0.0, "momentum": 0.95})
+
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for matrix, update in self.updates(group["params"], group["momentum"]):
+                matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                matrix.add_(update, alpha=-group["lr"])
+
+    @staticmethod
+    def state_shapes(matrix: Tensor) -> dict[str, tuple[int, int]]:
+        """Return what is kept of a matrix."""
+        num_rows, num_columns = matrix.shape
+
+        return {"momentum_buffer": (num_rows, num_columns), "mean_squares": (num_rows, 1)}
+
+    def updates(
+        self, matrices: Iterable[Tensor], momentum: float
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield matrices with their updates, of root mean square SIZE."""
+        for some in alike([matrix for matrix in matrices if matrix.grad is not None]):
+            updates = self.update(some, [matrix.grad for matrix in some], momentum)
+
+            yield from zip(some, updates, strict=True)
+
+    def update(
+        self, matrices: Sequence[Tensor], gradients: Sequence[Tensor], momentum: float
+    ) -> Tensor:
+        """Return the updates of N matrices of one shape (R, C), as (N, R, C)."""
+        states = [self.state[matrix] for matrix in matrices]
+
+        for state, matrix, gradient in zip(states, matrices, gradients, strict=True):
+            if not state:
+                for name, shape in self.state_shapes(matrix).items():
+                    state[name] = gradient.new_zeros(shape)
+
+        means = [state["momentum_buffer"] for state in states]
+        mean_squares = [state["mean_squares"] for state in states]
+
+        torch._foreach_lerp_(means, gradients, 1 - momentum)
+        updates = orthogonalize(
+            torch.stack(torch._foreach_lerp(gradients, means, momentum)).to(self.dtype)
+        )
+
+        squares = updates.float().square().mean(dim=-1, keepdim=True)  # (N, R, 1)
+        torch._foreach_lerp_(mean_squares, squares.unbind(), 1 - self.MEMORY)
+        # A row of zeros, whose neuron has no gradient, stays one.
+        scale = torch.stack(mean_squares).clamp(min=1e-30).rsqrt()
+        mean = (squares * scale.square()).mean(dim=(-2, -1), keepdim=True)
+        scale *= self.SIZE / mean.clamp(min=1e-30).sqrt()
+
+        return updates * scale.to(updates.dtype)
+
+
+def alike(matrices: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield lists of matrices of one shape, to be treated in one go.
+
+    A GPU would wait for launches otherwise; on a CPU large matrices are faster alone.
+    """
+    by_shape: dict[torch.Size, list[Tensor]] = {}
+
+    for matrix in matrices:
+        by_shape.setdefault(matrix.shape, []).append(matrix)
+
+    for shape, same in by_shape.items():
+        # The elements of a list of several bound the memory that it takes.
+        max_size = 1 << 16 if same[0].is_cpu else 1 << 25
+        length = max(1, max_size // shape.numel())
+
+        for first in range(0, len(same), length):
+            yield same[first : first + length]
+
+
+def orthogonalize(z: Tensor) -> Tensor:
+    """Move the singular values of matrices (N, R, C) to about one, 0.7 to 1.2, by five steps.
+
+    With z = U S V^T each step of Newton and Schulz gives U f(S) V^T, f(s) = a s + b s^3 + c s^5;
+    the coefficients make f as steep at zero as convergence allows (Jordan et al. 2024).
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    shape = z.shape
+    is_tall = z.size(-2) > z.size(-1)
+    add_product = torch.baddbmm
+
+    # For one matrix a CPU has a faster product.
+    if len(z) == 1:
+        (z,), add_product = z, torch.addmm
+
+    # The product of the matrix with itself is smaller that way.
+    if is_tall:
+        z = z.mT
+
+    # No singular value is greater than the norm.
+    z = z / z.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+
+    for _ in range(5):
+        gram = z @ z.mT
+        z = add_product(z, add_product(gram, gram, gram, beta=b, alpha=c), z, beta=a)
+
+    return (z.mT if is_tall else z).view(shape)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate of every step: a linear warm-up to the peak, then a decay to the minimum.
+
+    Args:
+        kind: `linear` or `cosine` decay, or `constant`.
+    """
+
+    kind: str
+    peak: float
+    minimum: float
+    warmup_steps: int
+    total_steps: int
+
+    def __call__(self, step: int) -> float:
+        if step < self.warmup_steps:
+            return self.peak * (step + 1) / (self.warmup_steps + 1)
+
+        if self.kind == "constant":
+            return self.peak
+
+        progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        progress = min(progress, 1.0)
+        remaining = (
+            1 - progress if self.kind == "linear" else (1 + math.cos(math.pi * progress)) / 2
+        )
+
+        return self.minimum + (self.peak - self.minimum) * remaining

@@ -1,0 +1,332 @@
+"""What a run will take, found out by a few updates of it: memory, seconds, kernels."""
+
+import math
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from loss import output_memory
+from model import GPT
+from system.devices import (
+    PRECISIONS,
+    autocast,
+    library_memory,
+    matmul_rate,
+    num_bytes,
+    peak_memory,
+    synchronize,
+    whole_memory,
+)
+from system.distributed import own_part, whole
+from training.checkpoint import can_copy, copy_to_cpu
+from training.trainer import Step, StopSignal, Trainer
+
+# Updates are timed for so many seconds, or once.
+TIMED_SECONDS = 5.0
+# Bytes of a checkpoint that are written in a second, beside training that has all cores busy.
+WRITING_RATE = 4e8
+
+
+@dataclass
+class Plan:
+    """The figures of a run. Memory is in bytes of one process.
+
+    Args:
+        libraries: what there is without a model.
+        activations: what a micro-batch keeps for its backward pass.
+        loss: the gradient that is made together with the loss, and the buffers for that.
+        peak: the most at a time, as measured, with the copy that a checkpoint is written from. The
+            parts need not add up to it: with a single micro-batch in an update, gradients come
+            while activations go.
+        available: what this process could have in all; infinite where nobody knows.
+        start: seconds of the first update, with all that is compiled for it.
+        update: seconds of any other one.
+        test: seconds of a batch to test on.
+    """
+
+    libraries: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    loss: int
+    peak: int
+    available: float
+    start: float
+    update: float
+    test: float
+
+    def largest_batch_size(self, batch_size: int) -> float:
+        """Return how many samples fit at a time, as activations grow with their number."""
+        room = self.available - (self.peak - self.activations)
+
+        return max(0.0, room // (max(1, self.activations) / batch_size))
+
+
+def make_plan(
+    trainer: Trainer,
+    load_step: Callable[[int], Step],
+    test_batch: tuple[Tensor, Tensor],
+    libraries: int,
+) -> Plan:
+    """Take some updates and measure them. They change the weights, so no run should go on.
+
+    Args:
+        load_step: returns the micro-batches of an update by its number.
+        libraries: the memory in bytes that this process had before there was a model.
+
+    Raises:
+        Interrupted: when a signal has come.
+    """
+    device, model = trainer.device, trainer.model
+    micro_batches = load_step(trainer.step)
+
+    with StopSignal() as stop:
+        start = seconds_of(device, trainer.take_step, micro_batches[:1], stop)
+        # From now on there is the state of the optimizer. The second micro-batch meets the
+        # gradients of the first.
+        hold_copy(trainer)
+        trainer.take_step(micro_batches[:2], stop)
+        peak = peak_memory(device)
+        update = time_updates(trainer, micro_batches, stop)
+        test = min(seconds_of(device, trainer.evaluate, [test_batch], stop) for _ in range(2))
+
+    weights = list(model.parameters())
+    gradient, buffers = output_memory(
+        model.token_embeddings.weight, micro_batches[0][1].numel(), PRECISIONS[trainer.precision]
+    )
+    kept = kept_memory(trainer, micro_batches[0])
+    available = whole_memory(device)
+
+    if device.type == "cuda":
+        libraries = library_memory(device)
+        peak += libraries
+    else:
+        available /= trainer.world.local_size
+
+    plan = Plan(
+        libraries=libraries,
+        weights=sum(own_part(weight).nbytes for weight in weights),
+        gradients=sum(own_part(weight).nbytes for weight in weights if weight.requires_grad),
+        optimizer=trainer.optimizers.num_bytes,
+        activations=0,
+        loss=gradient + buffers,
+        peak=peak,
+        available=available,
+        start=start,
+        update=update,
+        test=test,
+    )
+    others = plan.libraries + plan.weights + plan.gradients + plan.optimizer + plan.loss
+    # What cannot be measured is taken to be the rest.
+    plan.activations = max(0, peak - others if kept is None else kept - gradient)
+
+    return plan
+
+
+def hold_copy(trainer: Trainer) -> None:
+    """Hold a copy of a checkpoint, as the first process does while it writes one."""
+    state = whole([trainer.model.state_dict(), trainer.optimizers.state_dict()])
+
+    if trainer.world.is_first and can_copy(state):
+        copy = copy_to_cpu(state)
+        timer = threading.Timer(num_bytes(copy) / WRITING_RATE, copy.clear)
+        timer.daemon = True
+        timer.start()
+
+
+def seconds_of(device: torch.device, function: Callable, *args) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    function(*args)
+    synchronize(device)
+
+    return time.perf_counter() - start
+
+
+def time_updates(trainer: Trainer, micro_batches: Step, stop: StopSignal) -> float:
+    """Return the seconds of an update, from updates of one and of two of its micro-batches."""
+    ones, twos = [], []
+
+    # All processes take as many, whatever their clocks say.
+    while trainer.world.max(not ones or sum(ones + twos) < TIMED_SECONDS):
+        for seconds, count in ((ones, 1), (twos, 2)):
+            if count <= len(micro_batches):
+                part = micro_batches[:count]
+                seconds.append(seconds_of(trainer.device, trainer.take_step, part, stop))
+
+    one = statistics.median(ones)
+    # What comes once in an update, such as sending gradients, drops out of the difference.
+    further = statistics.median(twos) - one if twos else 0.0
+
+    return one + max(0.0, further) * (len(micro_batches) - 1)
+
+
+def kept_memory(trainer: Trainer, micro_batch: tuple[int, Tensor, Tensor]) -> int | None:
+    """Return the bytes that a forward pass leaves for its backward pass; None if none can tell."""
+    device, model = trainer.device, trainer.model
+
+    if device.type == "mps" or (device.type == "cpu" and trainer.world.has_sharded_weights):
+        return None
+
+    model.train()
+    _, x, y = (part.to(device) if isinstance(part, Tensor) else part for part in micro_batch)
+
+    def forward() -> Tensor:
+        with autocast(device, trainer.precision):
+            return model(x, y)
+
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        loss = forward()
+        kept = torch.cuda.memory_allocated(device) - before
+    else:
+        # The newer one writes on standard error whatever is asked of it.
+        from torch.autograd.profiler_legacy import profile
+
+        with profile(profile_memory=True) as record:
+            loss = forward()
+
+        kept = sum(event.self_cpu_memory_usage for event in record.key_averages())
+
+    del loss
+
+    return kept
+
+
+class OperatorNames(TorchDispatchMode):
+    """Records the names of the kernels that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function._schema.name)
+
+        return function(*args, **(kwargs or {}))
+
+
+def attention_kernel(model: GPT, precision: str) -> str:
+    """Return the name of the kernel that attention runs on, found out by running it."""
+    weight = model.token_embeddings.weight
+    num_heads = model.blocks[0].attention.num_attention_heads
+    shape = (1, num_heads, model.block_size, weight.size(1) // num_heads)  # (B, H, T, K)
+    query = torch.zeros(shape, device=weight.device, dtype=PRECISIONS[precision])
+    query.requires_grad_()
+
+    with OperatorNames() as record:
+        F.scaled_dot_product_attention(query, query, query, is_causal=True)
+
+    names = [name.removeprefix("aten::_scaled_dot_product_") for name in record.names]
+    fused = [name.split("_attention")[0] for name in names if "_attention" in name]
+
+    return (
+        f"PyTorch's {fused[0].replace('_', ' ')} attention" if fused else "attention step by step"
+    )
+
+
+def count_parameters(model: GPT) -> dict[str, int]:
+    """Count the weights of a model by the part that they belong to, without padded rows."""
+    embeddings = model.token_embeddings.weight
+
+    def count(modules) -> int:
+        return sum(weight.numel() for module in modules for weight in module.parameters())
+
+    parts = {
+        "token embeddings": model.vocabulary_size * embeddings.size(1),
+        "positions": model.position_embeddings.weight.numel(),
+        "attention": count(block.attention for block in model.blocks),
+        "MLP": count(block.mlp for block in model.blocks),
+    }
+
+    return {**parts, "normalisation": model.num_parameters - sum(parts.values())}
+
+
+def describe_plan(
+    plan: Plan,
+    trainer: Trainer,
+    is_chosen: bool,
+    batch_size: int,
+    tokens_per_update: int,
+    num_updates: int,
+    num_test_batches: int,
+) -> None:
+    """Print a plan, and what was chosen for it.
+
+    Args:
+        is_chosen: whether the precision is what `--precision=auto` takes.
+        num_updates, num_test_batches: what the run still has before it, on this process.
+    """
+    model, precision, device = trainer.model, trainer.precision, trainer.device
+    parts = [f"{name} {count:,}" for name, count in count_parameters(model).items()]
+    reason = explain_precision(device) if is_chosen else "as --precision says"
+
+    print(f"Parts:  {', '.join(parts)}")
+    print(f"Chosen: {precision}, {reason}; {attention_kernel(model, precision)}")
+    print(f"Memory: {describe_memory(plan)}")
+
+    if plan.available < math.inf:
+        print(
+            f"Batch:  --batch_size={plan.largest_batch_size(batch_size):.0f} is the largest that"
+            f" fits, of {describe_bytes(plan.available)}"
+        )
+
+    rate = tokens_per_update / plan.update
+    utilization = rate * model.flops_per_token(model.block_size) / trainer.peak_rate
+    total = plan.start + num_updates * plan.update + num_test_batches * plan.test
+
+    print(f"Speed:  {rate:,.0f} tokens/s, {utilization:.0%} of the matrix products' rate")
+    print(
+        f"Time:   {describe_seconds(total)} in all: {num_updates:,} updates of {plan.update:.2f} s,"
+        f" {describe_seconds(num_test_batches * plan.test)} of testing, {plan.start:.0f} s to start"
+    )
+
+
+def explain_precision(device: torch.device) -> str:
+    """Say why `--precision=auto` takes what it takes."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+
+        return f"by the GPU's compute capability, {major}.{minor}"
+
+    if device.type == "cpu":
+        ratio = matmul_rate(device, "bf16") / matmul_rate(device, "fp32")
+
+        return f"as bf16 multiplies {ratio:.1f} times as fast as fp32 here (it takes 1.5)"
+
+    return f"the safe one for {device.type}"
+
+
+def describe_memory(plan: Plan) -> str:
+    """Put the memory of a plan into one line for people."""
+    parts = {
+        "libraries": plan.libraries,
+        "weights": plan.weights,
+        "gradients": plan.gradients,
+        "optimizer": plan.optimizer,
+        "activations": plan.activations,
+        "loss": plan.loss,
+    }
+    listed = [f"{name} {describe_bytes(size)}" for name, size in parts.items() if size]
+
+    return f"{describe_bytes(plan.peak)} at the peak; {', '.join(listed)}"
+
+
+def describe_bytes(size: float) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
+def describe_seconds(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+
+    return f"{seconds:.0f} seconds"
