@@ -93,7 +93,8 @@ def build_parser() -> Parser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args, given = build_parser().parse(argv, {})
+    args = build_parser().parse(argv)
+    given = args.given
 
     try:
         action = chosen_action(args, given)
@@ -383,7 +384,7 @@ def new_checkpoint(path: Path, flag: str, base_path: Path | None = None) -> Iter
         base_path: of the checkpoint that is read, which it must not be.
     """
     from training.checkpoint import CheckpointError, claimed, save_checkpoint, set_aside
-    from training.session import written_by
+    from training.outputs import written_by
 
     if base_path and path.resolve() in written_by(str(base_path)):
         raise CheckpointError(f"{flag}: this is the path of the base model.")

@@ -1,21 +1,193 @@
-"""What training reads: the stream of samples, the windows to test on, and instructions in batches.
+"""What training reads: the stream of samples to learn from, and the windows to test on.
+
+Position decides: sample number i is a pure function of (seed, i), so that a run resumes with one
+integer, and the number of processes changes nothing but speed.
 
 Axes of the tensors: B samples, T tokens (block_size).
 """
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from argparse import Namespace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from text.instructions import Example
-from text.tokenizer import END_OF_TEXT, TOKEN_TYPE, DataError, token_sizes
+from system.distributed import World
+from text.preparation import Source, load_or_prepare, parse_source
+from text.token_files import TokenDataset
+from text.tokenizer import TOKEN_TYPE, DataError, token_sizes
 
-# The target of a position without loss; the value that torch's cross entropy ignores.
-IGNORE_INDEX = -100
+# Token ids and targets, int64 (B, T) each.
+Batch = tuple[Tensor, Tensor]
+# Sources as `--dataset` names them, with their weights, if any.
+Sources = list[tuple[Source, float | None]]
+
+
+class TrainingData(Protocol):
+    """What a run needs of its data."""
+
+    @property
+    def fingerprint(self) -> list:
+        """What tells a resumed run that these are its data."""
+        ...
+
+    @property
+    def updates_per_epoch(self) -> int: ...
+
+    @property
+    def mean_length(self) -> int:
+        """The mean number of tokens in a sample."""
+        ...
+
+    @property
+    def sources(self) -> Sequence[str]:
+        """The names of what is tested on, each apart."""
+        ...
+
+    def numbers(self, update: int) -> range:
+        """Return the numbers of the micro-batches of an update."""
+        ...
+
+    def batch(self, number: int) -> Batch:
+        """Return a micro-batch by its number."""
+        ...
+
+    def test_batches(self) -> dict[str, Iterable[Batch]]:
+        """Return the batches to test on, by their source."""
+        ...
+
+    def mean_loss(self, losses: dict[str, float]) -> float:
+        """Return the mean of the test losses of all sources."""
+        ...
+
+
+@dataclass
+class Corpus:
+    """The sources of pre-training, opened.
+
+    Args:
+        stream: the samples to train on.
+        tests: the windows to test on, by source.
+        batches_per_update: micro-batches of batch_size samples.
+    """
+
+    datasets: list[TokenDataset]
+    stream: "SampleStream"
+    tests: dict[str, "EvaluationWindows"]
+    batch_size: int
+    batches_per_update: int
+    updates_per_epoch: int
+
+    @property
+    def fingerprint(self) -> list[list]:
+        """Name, weight and checksum of every source."""
+        return [
+            [dataset.name, weight, dataset.fingerprint]
+            for dataset, weight in zip(self.datasets, self.stream.shares, strict=True)
+        ]
+
+    @property
+    def sources(self) -> list[str]:
+        return list(self.tests)
+
+    @property
+    def mean_length(self) -> int:
+        return self.stream.block_size
+
+    @property
+    def num_tokens(self) -> int:
+        """The tokens to train on."""
+        return sum(len(dataset.train) for dataset in self.datasets)
+
+    def numbers(self, update: int) -> range:
+        first = update * self.batches_per_update
+
+        return range(first, first + self.batches_per_update)
+
+    def batch(self, number: int) -> Batch:
+        return self.stream.batch(number * self.batch_size, self.batch_size)
+
+    def test_batches(self) -> dict[str, Iterable[Batch]]:
+        return {name: windows.batches(self.batch_size) for name, windows in self.tests.items()}
+
+    def mean_loss(self, losses: dict[str, float]) -> float:
+        """Return the mean of the sources' losses by their weights."""
+        pairs = zip(self.stream.shares, self.datasets, strict=True)
+
+        return sum(weight * losses[dataset.name] for weight, dataset in pairs)
+
+    def describe(self) -> None:
+        for dataset, weight in zip(self.datasets, self.stream.shares, strict=True):
+            share = f", {weight:.2%} of the samples" if weight < 1 else ""
+            print(
+                f"Data:   {dataset.name}, {len(dataset.train):,} tokens, {len(dataset.test):,} to"
+                f" test{share}"
+            )
+
+
+def parse_sources(values: Sequence[str], excluded: tuple[Path, ...]) -> Sources:
+    """Read the values of `--dataset`.
+
+    Args:
+        excluded: folders that are no part of a folder of text.
+
+    Raises:
+        ValueError: when one names no source, or weights or names do not go together.
+    """
+    try:
+        sources = [parse_source(value, excluded) for value in values]
+        resolve_weights([weight for _, weight in sources], [1] * len(sources))
+    except ValueError as error:
+        raise ValueError(f"--dataset: {error}") from None
+
+    if len({source.name for source, _ in sources}) < len(sources):
+        raise ValueError("--dataset: a source is named twice")
+
+    return sources
+
+
+def open_corpus(settings: Namespace, sources: Sources, world: World) -> Corpus:
+    """Open the sources of a run, with the windows that its settings ask for.
+
+    Raises:
+        DataError: when files are damaged, or a source is unfit or too short.
+    """
+    datasets = open_datasets(settings, sources, world)
+    trains = [dataset.train for dataset in datasets]
+    weights = resolve_weights([weight for _, weight in sources], [len(t) for t in trains])
+    samples_per_update = settings.batch_size * settings.gradient_accumulation_steps
+
+    return Corpus(
+        datasets,
+        SampleStream(trains, weights, settings.block_size, settings.seed),
+        {each.name: EvaluationWindows(each.test, settings.block_size) for each in datasets},
+        settings.batch_size,
+        settings.gradient_accumulation_steps,
+        settings.samples_per_epoch // samples_per_update,
+    )
+
+
+def open_datasets(settings: Namespace, sources: Sources, world: World) -> list[TokenDataset]:
+    """Open the token files of sources, after preparing those that are not there.
+
+    Raises:
+        DataError: when files are damaged, or a source is unfit.
+    """
+    folder, num_processes = Path(settings.dataset_path), settings.num_dataset_processes
+
+    with world.one_per_machine_first():
+        datasets = [load_or_prepare(source, folder, num_processes) for source, _ in sources]
+
+    world.check_same("The data", [dataset.fingerprint for dataset in datasets])
+
+    return datasets
 
 
 def resolve_weights(weights: Sequence[float | None], num_tokens: Sequence[int]) -> list[Fraction]:
@@ -92,7 +264,7 @@ class SampleStream:
             places = np.flatnonzero(self.turns == source)
             self.ranks[places] = np.arange(len(places))
 
-    def batch(self, first: int, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def batch(self, first: int, batch_size: int) -> Batch:
         """Return samples first to first + batch_size - 1.
 
         Returns:
@@ -211,7 +383,7 @@ def mix(value: int) -> int:
     return value ^ value >> 31
 
 
-def split_windows(windows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+def split_windows(windows: np.ndarray) -> Batch:
     """Turn windows (B, T + 1) into inputs and targets, int64 (B, T)."""
     x, y = windows[:, :-1].astype(np.int64), windows[:, 1:].astype(np.int64)
 
@@ -263,98 +435,10 @@ class EvaluationWindows:
             for start in self.starts
         )
 
-    def batches(self, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def batches(self, batch_size: int) -> Iterator[Batch]:
         """Yield all windows as inputs and targets, int64 (B, T); the last batch may be smaller."""
         for first in range(0, len(self.starts), batch_size):
             starts = self.starts[first : first + batch_size]
             windows = [self.tokens[start : start + self.block_size + 1] for start in starts]
 
             yield split_windows(np.stack(windows))
-
-
-class InstructionBatches:
-    """Endless micro-batches of instructions: number i is a pure function of (seed, i).
-
-    An epoch visits every example once in a random order. Of the next POOL batches those of like
-    length are put together, so that little is padding, and then come in a random order.
-
-    Args:
-        examples: of 2 to block_size + 1 tokens each.
-    """
-
-    POOL = 64
-
-    def __init__(self, examples: Sequence[Example], batch_size: int, block_size: int, seed: int):
-        self.examples = examples
-        self.batch_size = batch_size
-        self.block_size = block_size
-        self.seed = seed
-        self.lengths = np.array([len(example.tokens) for example in examples])
-
-    def __len__(self) -> int:
-        """Return how many batches an epoch has."""
-        return math.ceil(len(self.examples) / self.batch_size)
-
-    def batch(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return token ids x and targets y, int64 (B, T), with IGNORE_INDEX where there is none."""
-        epoch, index = divmod(number, len(self))
-
-        examples = [self.examples[i] for i in self.plan(epoch)[index]]
-
-        return collate(examples, self.batch_size, self.block_size)
-
-    @functools.lru_cache(maxsize=2)  # noqa: B019
-    def plan(self, epoch: int) -> list[np.ndarray]:
-        """Return the examples of every batch of an epoch."""
-        generator = np.random.default_rng([self.seed, epoch])
-        order = generator.permutation(len(self.examples))
-        batches = []
-
-        for pool in in_parts(order, self.POOL * self.batch_size):
-            ordered = pool[np.argsort(self.lengths[pool], kind="stable")]
-            some = list(in_parts(ordered, self.batch_size))
-            batches += [some[i] for i in generator.permutation(len(some))]
-
-        return batches
-
-    @property
-    def padding(self) -> float:
-        """The share of the first epoch's tokens that are padding."""
-        num_tokens = sum(self.batch(number)[0].numel() for number in range(len(self)))
-
-        return 1 - float((self.lengths - 1).sum()) / num_tokens
-
-
-def in_parts(values: Sequence, size: int) -> Iterator[Sequence]:
-    for first in range(0, len(values), size):
-        yield values[first : first + size]
-
-
-def ordered_batches(
-    examples: Sequence[Example], batch_size: int, block_size: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield all examples from the longest to the shortest, as InstructionBatches.batch does."""
-    for part in in_parts(sorted(examples, key=lambda row: -len(row.tokens)), batch_size):
-        yield collate(part, batch_size, block_size)
-
-
-def collate(
-    examples: Sequence[Example], batch_size: int, block_size: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Put examples into one batch, padded at the right, and filled up with empty rows.
-
-    Returns:
-        Token ids x and targets y, int64 (B, T); y is IGNORE_INDEX where nothing is to be predicted.
-        T is a multiple of 8, as matrix units like it, or block_size.
-    """
-    longest = max(len(example.tokens) for example in examples) - 1
-    length = min(math.ceil(longest / 8) * 8, block_size)
-    x = np.full((batch_size, length), END_OF_TEXT, dtype=np.int64)
-    y = np.full((batch_size, length), IGNORE_INDEX, dtype=np.int64)
-
-    for row, (tokens, is_target, _) in enumerate(examples):
-        num_tokens = len(tokens) - 1
-        x[row, :num_tokens] = tokens[:-1]
-        y[row, :num_tokens] = np.where(is_target[1:], tokens[1:].astype(np.int64), IGNORE_INDEX)
-
-    return torch.from_numpy(x), torch.from_numpy(y)

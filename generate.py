@@ -100,18 +100,19 @@ def add_text_arguments(parser: Parser) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args, given = build_parser().parse(argv, {})
+    args = build_parser().parse(argv)
 
     # Only now, so that a wrong flag is answered at once.
-    from system.devices import DeviceError, is_out_of_memory, resolve_device
+    from system.devices import DeviceError, resolve_device
+    from system.memory import is_out_of_memory
     from text.tokenizer import DataError
     from training.checkpoint import CheckpointError
 
     speaker = None
 
     try:
-        device = resolve_device(args.device if "device" in given else None)
-        speaker = Speaker(args, device, "lora_path" in given)
+        device = resolve_device(args.device if "device" in args.given else None)
+        speaker = Speaker(args, device, "lora_path" in args.given)
         answer_all(args, speaker)
     except ValueError as error:
         return fail(error, status=2)
@@ -136,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def advise_on_memory(error: Exception, speaker: "Speaker | None", device) -> str:
     """Say what fits where memory has run out."""
-    from system.devices import release
+    from system.memory import release
 
     release(error)
     # A system that runs out of memory ends the process that tries.
@@ -214,7 +215,7 @@ class Speaker:
 
         from inference.decoding import generate
         from inference.sampling import Sampler
-        from system.devices import first_that_fits
+        from system.memory import first_that_fits
 
         def attempt(number: int) -> None:
             # From almost at the end of the context to beyond it.

@@ -5,11 +5,50 @@ a state, V vocabulary (padded).
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+
+class OutputLoss:
+    """Project states to logits and take their mean cross entropy, a chunk of positions at a time.
+
+    Gives the loss of `cross_entropy(linear(z, weight)[..., :vocabulary_size], y)` and, once, its
+    gradients, but the logits of one chunk alone are ever in memory.
+    """
+
+    def __init__(self):
+        self.exponentiate = exponentiate
+
+    def compile(self, **kwargs) -> None:
+        """Compile what works on logits element by element, with the arguments of torch.compile."""
+        self.exponentiate = torch.compile(exponentiate, **kwargs)
+
+    def __call__(self, z: Tensor, weight: Tensor, y: Tensor, vocabulary_size: int) -> Tensor:
+        """Return the loss, a float32 scalar in nats per target (0 without any).
+
+        Args:
+            z: states, (B, T, D).
+            weight: output layer, (V, D) with V >= vocabulary_size; further rows are never
+                predicted.
+            y: target ids, int64 (B, T); below 0 where a position is to have no loss.
+        """
+        # The matrix products run at the precision of the surrounding autocast, as a Linear would.
+        device = z.device.type
+        is_mixed = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if is_mixed else weight.dtype
+
+        z, y = z.flatten(0, 1), y.flatten()  # (N, D), (N)
+
+        # Drop unlabelled positions when fine-tuning; pre-training has none.
+        if not weight.requires_grad:
+            is_target = y >= 0
+            z, y = z[is_target], y[is_target]
+
+        return LinearCrossEntropy.apply(
+            z, weight, y, vocabulary_size, dtype, torch.is_grad_enabled(), self
+        )
 
 
 def exponentiate(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -29,45 +68,6 @@ def exponentiate(logits: Tensor) -> tuple[Tensor, Tensor]:
     return shift, total
 
 
-def linear_cross_entropy(
-    z: Tensor,
-    weight: Tensor,
-    y: Tensor,
-    vocabulary_size: int,
-    exponentiate: Callable = exponentiate,
-) -> Tensor:
-    """Project states to logits and take their mean cross entropy, a chunk of positions at a time.
-
-    Gives the loss of `cross_entropy(linear(z, weight)[..., :vocabulary_size], y)` and, once, its
-    gradients, but the logits of one chunk alone are ever in memory.
-
-    Args:
-        z: states, (B, T, D).
-        weight: output layer, (V, D) with V >= vocabulary_size; further rows are never predicted.
-        y: target ids, int64 (B, T); below 0 where a position is to have no loss.
-        exponentiate: the function of that name, perhaps compiled.
-
-    Returns:
-        A float32 scalar in nats per target (0 without any).
-    """
-    # The matrix products run at the precision of the surrounding autocast, as a Linear would.
-    device = z.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-
-    z, y = z.flatten(0, 1), y.flatten()  # (N, D), (N)
-
-    # Who fine-tunes has many positions without a target; who pre-trains need not look for them.
-    if not weight.requires_grad:
-        is_target = y >= 0
-        z, y = z[is_target], y[is_target]
-
-    is_grad_enabled = torch.is_grad_enabled()
-
-    return LinearCrossEntropy.apply(
-        z, weight, y, vocabulary_size, dtype, is_grad_enabled, exponentiate
-    )
-
-
 class LinearCrossEntropy(torch.autograd.Function):
     """The gradients are made together with the loss, while the logits of a chunk are at hand.
 
@@ -77,7 +77,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, z, weight, y, vocabulary_size, dtype, is_grad_enabled, exponentiate):
+    def forward(ctx, z, weight, y, vocabulary_size, dtype, is_grad_enabled, loss_function):
         z_low, weight_low = z.to(dtype), weight.to(dtype)  # (N, D), (V, D)
         loss = torch.zeros((), device=z.device)
         dz = dweight = None
@@ -105,7 +105,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             logits[:, vocabulary_size:] = -math.inf
             target_logits = logits.gather(1, targets).float()  # (n, 1)
             # All of the buffer, also in a last chunk of fewer rows: compiled code knows one shape.
-            shift, total = (each[:n] for each in exponentiate(buffer))
+            shift, total = (each[:n] for each in loss_function.exponentiate(buffer))
             target_e = (target_logits - shift).exp()
 
             loss += (total.log() + shift - target_logits).where(has_target, 0.0).sum()

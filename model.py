@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from loss import exponentiate, linear_cross_entropy
+from loss import OutputLoss
 
 
 class GPT(nn.Module):
@@ -47,7 +47,7 @@ class GPT(nn.Module):
         self.vocabulary_size = vocabulary_size
         self.block_size = block_size
         self.activation_checkpointing = False
-        self.exponentiate = exponentiate
+        self.output_loss = OutputLoss()
 
         self.token_embeddings = nn.Embedding(num_rows, embedding_dimensions)
         self.position_embeddings = nn.Embedding(block_size, embedding_dimensions)
@@ -79,9 +79,7 @@ class GPT(nn.Module):
         if y is None:
             return self.project(z)
 
-        return linear_cross_entropy(
-            z, self.token_embeddings.weight, y, self.vocabulary_size, self.exponentiate
-        )
+        return self.output_loss(z, self.token_embeddings.weight, y, self.vocabulary_size)
 
     def encode(self, x: Tensor, cache: "Cache | None" = None) -> Tensor:
         """Turn token ids (B, T) into the states that the output layer reads, (B, T, D).
@@ -170,7 +168,7 @@ class GPT(nn.Module):
         for block in self.blocks:
             block.compile(**kwargs)
 
-        self.exponentiate = torch.compile(exponentiate, **kwargs)
+        self.output_loss.compile(**kwargs)
 
     @property
     def num_parameters(self) -> int:

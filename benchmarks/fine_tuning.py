@@ -26,12 +26,12 @@ from system.devices import (
     PRECISIONS,
     autocast,
     compile_model,
-    peak_memory,
     resolve_device,
     resolve_precision,
     synchronize,
 )
 from system.distributed import World
+from system.memory import peak_memory
 from text.rows import StandardLibraryFunctions, load_examples
 from trainers import make_trainer, never
 from training.lora import add_lora

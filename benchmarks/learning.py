@@ -37,8 +37,9 @@ import torch
 
 from data import EvaluationWindows, split_windows
 from model import GPT
-from system.devices import compile_model, resolve_device, resolve_precision, tune_memory
+from system.devices import compile_model, resolve_device, resolve_precision
 from system.distributed import World
+from system.memory import tune_memory
 from text import parts
 from text.preparation import Source, is_prepared, load_or_prepare, parse_source
 from text.token_files import SPLITS, TokenDataset, open_dataset, read_sidecar, token_path

@@ -19,15 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.nn.functional as F
 
-from loss import exponentiate, linear_cross_entropy
-from system.devices import (
-    PRECISIONS,
-    autocast,
-    resolve_device,
-    resolve_precision,
-    synchronize,
-    tune_memory,
-)
+from loss import OutputLoss
+from system.devices import PRECISIONS, autocast, resolve_device, resolve_precision, synchronize
+from system.memory import tune_memory
 from text.tokenizer import VOCABULARY_SIZE
 
 
@@ -52,21 +46,19 @@ def main() -> None:
     y = torch.randint(VOCABULARY_SIZE, (1, args.num_tokens), device=device)
     z.requires_grad_()
     weight.requires_grad_()
-    compiled = torch.compile(exponentiate, dynamic=False)
+    plain_loss, compiled_loss = OutputLoss(), OutputLoss()
+    compiled_loss.compile(dynamic=False)
     size = 8192 if device.type == "cuda" else 2048
     left, right = (torch.randn(size, size, device=device) for _ in range(2))
     left, right = (each.to(PRECISIONS[precision]) for each in (left, right))
-
-    def ours(function: Callable) -> torch.Tensor:
-        return linear_cross_entropy(z, weight, y, VOCABULARY_SIZE, function)
 
     def plain() -> torch.Tensor:
         logits = F.linear(z, weight)[..., :VOCABULARY_SIZE]
         return F.cross_entropy(logits.flatten(0, 1).float(), y.flatten())
 
     candidates = {
-        "ours": lambda: ours(compiled),
-        "ours, not compiled": lambda: ours(exponentiate),
+        "ours": lambda: compiled_loss(z, weight, y, VOCABULARY_SIZE),
+        "ours, not compiled": lambda: plain_loss(z, weight, y, VOCABULARY_SIZE),
         "cross_entropy(linear)": plain,
     }
 

@@ -18,8 +18,9 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from model import GPT  # noqa: E402
-from system.devices import compile_model, peak_memory, tune_memory  # noqa: E402
+from system.devices import compile_model, tune_memory  # noqa: E402
 from system.distributed import World  # noqa: E402
+from system.memory import peak_memory  # noqa: E402
 from text.tokenizer import VOCABULARY_SIZE  # noqa: E402
 from trainers import make_trainer, never  # noqa: E402
 
@@ -130,7 +131,7 @@ def measure(args: argparse.Namespace) -> None:
     before = peak_memory(world.device)
     model = GPT(VOCABULARY_SIZE, args.block_size, **sizes, dropout=0.1)
     model.activation_checkpointing = args.activation_checkpointing
-    network = world.prepare(model, model.blocks)
+    network = world.wrap(model, model.blocks)
     compile_model(model, world.device)
     trainer = make_trainer(model, network, world, args.precision, "muon")
     x = torch.randint(VOCABULARY_SIZE, (args.batch_size, args.block_size))

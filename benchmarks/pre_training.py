@@ -36,8 +36,9 @@ def ours(args: argparse.Namespace, optimizer: str) -> Callable[[], float]:
     import torch
 
     from model import GPT
-    from system.devices import compile_model, tune_memory
+    from system.devices import compile_model
     from system.distributed import World
+    from system.memory import tune_memory
     from text.tokenizer import VOCABULARY_SIZE
     from trainers import make_trainer, never
 
@@ -57,7 +58,7 @@ def ours(args: argparse.Namespace, optimizer: str) -> Callable[[], float]:
     }
     model = GPT(VOCABULARY_SIZE, **sizes, dropout=args.dropout)
     model.activation_checkpointing = args.activation_checkpointing
-    network = world.prepare(model, model.blocks)
+    network = world.wrap(model, model.blocks)
 
     if args.compile:
         compile_model(model, world.device)
@@ -160,7 +161,8 @@ def serve(connection, args: argparse.Namespace, name: str, prepare: Callable, *r
 
         import torch
 
-        from system.devices import peak_memory, synchronize
+        from system.devices import synchronize
+        from system.memory import peak_memory
 
         device = torch.device(args.device)
 

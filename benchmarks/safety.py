@@ -22,8 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from model import GPT
-from system.devices import resolve_device, resolve_precision, tune_memory
+from system.devices import resolve_device, resolve_precision
 from system.distributed import World
+from system.memory import tune_memory
 from trainers import make_trainer, never
 from training.checkpoint import CheckpointWriter, save_checkpoint, verify_checksum
 from training.trainer import Trainer

@@ -277,7 +277,7 @@ class World:
 
             yield group[self.rank if is_own else 0], is_own
 
-    def prepare(self, model: nn.Module, layers: Iterable[nn.Module]) -> nn.Module:
+    def wrap(self, model: nn.Module, layers: Iterable[nn.Module]) -> nn.Module:
         """Bring a model to the device, as one of several that learn together.
 
         Returns:
@@ -310,7 +310,7 @@ class World:
 
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
-    def postpone_reduction(self, network: nn.Module, is_last: bool):
+    def no_sync(self, network: nn.Module, is_last: bool):
         """Return a context in which gradients are added up here, and sent with the last batch.
 
         Where the gradients are sharded each batch has to send its own: there is no room to keep
@@ -330,13 +330,13 @@ class World:
 
     # --- When it goes wrong ---
 
-    def is_loss(self, error: Exception) -> bool:
+    def is_lost_process(self, error: Exception) -> bool:
         """Tell whether an error means that another process is gone."""
         is_remote = isinstance(error, NoAnswerError | dist.DistError)
 
         return self.size > 1 and (is_remote or "gloo" in str(error))
 
-    def describe_loss(self, is_stopped: Callable[[], bool]) -> str:
+    def describe_lost_process(self, is_stopped: Callable[[], bool]) -> str:
         """Say which processes do not answer; empty when this one is to end, so that another will.
 
         Whoever dies is told by torchrun, which then ends the others.
@@ -383,38 +383,38 @@ class World:
         return answers[0] if answers else default
 
 
-def is_spread(value: object) -> bool:
+def is_sharded(value: object) -> bool:
     """Tell whether this is a distributed tensor, without the second that importing these takes."""
     return hasattr(value, "full_tensor")
 
 
 def own_part(tensor: Tensor) -> Tensor:
     """Return what this process has of a tensor."""
-    return tensor.to_local() if is_spread(tensor) else tensor
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
-def whole(value):
+def unshard(value):
     """Put together what is spread over processes, in tensors or containers of them.
 
     All processes have to call it; what was spread comes to the first one alone, on its CPU.
     """
-    if is_spread(value):
+    if is_sharded(value):
         tensor = value.full_tensor()
 
         return tensor.cpu() if dist.get_rank() == 0 else None
 
     if isinstance(value, dict):
-        return {key: whole(item) for key, item in value.items()}
+        return {key: unshard(item) for key, item in value.items()}
 
     if isinstance(value, list):
-        return [whole(item) for item in value]
+        return [unshard(item) for item in value]
 
     return value
 
 
-def spread_like(tensor: Tensor, model: Tensor) -> Tensor:
+def shard_like(tensor: Tensor, model: Tensor) -> Tensor:
     """Return this process's part of a whole tensor, if model is spread over processes."""
-    if not is_spread(model):
+    if not is_sharded(model):
         return tensor
 
     from torch.distributed.tensor import distribute_tensor
@@ -428,7 +428,7 @@ def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     """Scale gradients down to a norm of max_norm at most; return what it was."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
 
-    return norm.full_tensor() if is_spread(norm) else norm
+    return norm.full_tensor() if is_sharded(norm) else norm
 
 
 def are_finite(tensors: Iterable[Tensor]) -> bool:

@@ -30,19 +30,19 @@ def with_right_checksum(content: bytes) -> bytes:
 
 KILL_AT = f"""{SAVE_AT_ONCE}
 real = trainer.Trainer.take_step
-def take_step(self, step, stop):
+def take_step(self, step):
     if self.step == {{}}: os.kill(os.getpid(), signal.SIGKILL)
-    return real(self, step, stop)
+    return real(self, step)
 trainer.Trainer.take_step = take_step
 """
 
 
 SIGNAL_AT = """
 real = trainer.Trainer.accumulate_gradient
-def accumulate_gradient(self, step, stop):
+def accumulate_gradient(self, step):
     if self.step == {}:
         for number in {}: os.kill(os.getpid(), number)
-    return real(self, step, stop)
+    return real(self, step)
 trainer.Trainer.accumulate_gradient = accumulate_gradient
 """
 

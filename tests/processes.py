@@ -98,7 +98,8 @@ def work(argv, rank, size, port, folder, script, patch, env):
         "model",
         "system.distributed",
         "training.checkpoint",
-        "training.session",
+        "training.run",
+        "training.launch",
         "training.sharding",
         "training.trainer",
     )

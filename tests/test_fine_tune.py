@@ -87,9 +87,9 @@ def test_run_learns_and_leaves_the_base_alone(fine_tune, small, base_path, tmp_p
 
 def test_what_was_saved_is_what_was_tested(fine_tune, small, base_path, rows_path, tmp_path):
     """The base with the adapter merged has, by plain cross entropy, the loss that was written."""
-    from data import IGNORE_INDEX, ordered_batches
     from text.rows import RowFile, load_examples
     from training.checkpoint import merge_lora_checkpoint
+    from training.instruction_data import IGNORE_INDEX, collate
 
     fine_tune.main(small())
     model = build_model(load_checkpoint(base_path, ("model",)), base_path)
@@ -97,7 +97,8 @@ def test_what_was_saved_is_what_was_tested(fine_tune, small, base_path, rows_pat
     merge_lora_checkpoint(model, state, tmp_path / "lora.pt")
     total = count = 0
 
-    for x, y in ordered_batches(load_examples(RowFile(rows_path), 64, True).test, 1, 64):
+    for example in load_examples(RowFile(rows_path), 64, True).test:
+        x, y = collate([example], 1, 64)
         logits = model(x)
         total += torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), y.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
@@ -379,7 +380,7 @@ def test_compiled_without_a_break(base_path):
 
 
 def test_tiny_preset_is_offline_and_small(fine_tune):
-    args, _ = fine_tune.build_parser().parse(["--preset=tiny"], fine_tune.PRESETS)
+    args = fine_tune.build_parser().parse(["--preset=tiny"], fine_tune.PRESETS)
 
     assert args.dataset == "stdlib"
     assert set(fine_tune.PRESETS["tiny"]) <= vars(args).keys()
@@ -388,10 +389,10 @@ def test_tiny_preset_is_offline_and_small(fine_tune):
 
 def test_masked_loss_equals_hugging_face():
     """The same rows, with our labels in theirs."""
-    from test_model import hugging_face_pair
+    from twins import hugging_face_pair
 
-    from data import IGNORE_INDEX, collate
     from text.instructions import Example
+    from training.instruction_data import IGNORE_INDEX, collate
 
     ours, theirs = hugging_face_pair()
     generator = torch.Generator().manual_seed(0)

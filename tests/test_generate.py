@@ -598,7 +598,7 @@ def test_out_of_memory_tells_what_fits(script, checkpoint, monkeypatch, capacity
 
     monkeypatch.setattr(model.GPT, "encode", limited)
     argv = [f"--checkpoint_path={checkpoint}", "--num_samples=5", "--lora_path="]
-    args, _ = script.build_parser().parse(argv, {})
+    args = script.build_parser().parse(argv)
     speaker = script.Speaker(args, torch.device("cpu"), False)
     told = script.advise_on_memory(MemoryError(), speaker, torch.device("cuda"))
 

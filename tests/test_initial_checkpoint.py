@@ -73,10 +73,10 @@ def test_resumed_it_ends_as_if_nothing_had_happened(pre_train, small, initial, t
 
     # Killed behind the first epoch; what it began with is not needed any more.
     patch = (
-        "from training import session\nreal = session.Session.save\n"
+        "from training import run\nreal = run.Run.save\n"
         "def save(self, *args):\n"
         "    real(self, *args); self.writer.wait(); os.kill(os.getpid(), 9)\n"
-        "session.Session.save = save"
+        "run.Run.save = save"
     )
     status, _, _ = finish(launch(flags(small, initial, out=right), patch))
     assert status == -9

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from twins import SIZES, counterparts, hugging_face_pair
 
-from loss import linear_cross_entropy
+from loss import OutputLoss
 from model import GPT, check_sizes
 from system.distributed import World
 from training.optimizers import Optimizers
@@ -211,7 +211,7 @@ def test_chunked_loss_equals_cross_entropy(num_tokens):
     y = torch.randint(300, (2, num_tokens))
     y[0, num_tokens // 2 :] = -100
 
-    given = loss_and_gradients(lambda z, w, y: linear_cross_entropy(z, w, y, 300), z, weight, y)
+    given = loss_and_gradients(lambda z, w, y: OutputLoss()(z, w, y, 300), z, weight, y)
     expected = loss_and_gradients(reference_loss, z, weight, y)
 
     for left, right in zip(given, expected, strict=True):
@@ -227,7 +227,7 @@ def test_loss_in_half_precision_is_as_exact_as_the_plain_path(dtype):
 
     with torch.autocast("cpu", dtype):
         plain = loss_and_gradients(reference_loss, z, weight, y)
-        given = loss_and_gradients(lambda z, w, y: linear_cross_entropy(z, w, y, 300), z, weight, y)
+        given = loss_and_gradients(lambda z, w, y: OutputLoss()(z, w, y, 300), z, weight, y)
 
     def distance(left, right):
         return ((left.double() - right).norm() / right.norm()).item()
@@ -282,7 +282,7 @@ def test_loss_alone_computes_no_gradient(model, batch):
     z, weight = torch.randn(1, 16, 48), model.token_embeddings.weight
 
     with torch.no_grad(), Products() as products:
-        linear_cross_entropy(z, weight, torch.zeros(1, 16, dtype=torch.int64), 300)
+        OutputLoss()(z, weight, torch.zeros(1, 16, dtype=torch.int64), 300)
 
     assert products.count == 1
 
@@ -381,7 +381,7 @@ def test_loss_gives_gradients_to_what_wants_them(frozen):
         (z @ weight.T)[..., :100].flatten(0, 1), y.flatten()
     )
     (expected_gradient,) = torch.autograd.grad(expected, wanted)
-    loss = linear_cross_entropy(z, weight, y, 100)
+    loss = OutputLoss()(z, weight, y, 100)
     (gradient,) = torch.autograd.grad(loss, wanted)
 
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)

@@ -18,7 +18,7 @@ from faults import KILL_AT, SIGNAL_AT, read
 
 import model
 from system.devices import resolve_device
-from training import session, trainer
+from training import run, trainer
 from training.checkpoint import best_path, previous_path, save_checkpoint
 
 
@@ -226,7 +226,7 @@ def test_second_signal_leaves_at_once(small, tmp_path):
     ("place", "position"),
     [
         ("trainer.Trainer.evaluate", 6),
-        ("trainer.Trainer.rehearse", 0),
+        ("trainer.Trainer.warm_up", 0),
         ("trainer.Trainer.state_dict", 3),
         ("trainer.Trainer.finish_epoch", 3),
     ],
@@ -287,8 +287,8 @@ def test_loss_that_is_not_finite_stops_the_run(
 ):
     real = trainer.Trainer.accumulate_gradient
 
-    def accumulate_gradient(self, step, stop):
-        loss, num_tokens = real(self, step, stop)
+    def accumulate_gradient(self, step):
+        loss, num_tokens = real(self, step)
         return (loss * float(value) if self.step == 4 else loss), num_tokens
 
     monkeypatch.setattr(trainer.Trainer, "accumulate_gradient", accumulate_gradient)
@@ -310,8 +310,8 @@ def test_weights_that_are_not_finite_are_never_saved(
     before = (tmp_path / "checkpoint.pt").read_bytes()
     real = trainer.Trainer.take_step
 
-    def take_step(self, step, stop):
-        result = real(self, step, stop)
+    def take_step(self, step):
+        result = real(self, step)
         self.model.norm.weight.data[0] = float("inf")
         return result
 
@@ -326,8 +326,8 @@ def test_weights_that_are_not_finite_are_never_saved(
 def test_gradient_that_is_not_finite_stops_the_run(small, monkeypatch, error_of):
     real = trainer.Trainer.accumulate_gradient
 
-    def accumulate_gradient(self, step, stop):
-        loss, num_tokens = real(self, step, stop)
+    def accumulate_gradient(self, step):
+        loss, num_tokens = real(self, step)
         self.model.norm.weight.grad[0] = float("nan")
         return loss, num_tokens
 
@@ -616,12 +616,12 @@ def test_picture_is_drawn_at_every_evaluation_and_at_the_end(
 ):
     picture, pictures = tmp_path / "metrics.svg", []
 
-    def train_epoch(self, *args):
+    def updates(self, epoch):
         pictures.append(picture.read_text())
-        real(self, *args)
+        return real(self, epoch)
 
-    real = trainer.Trainer.train_epoch
-    monkeypatch.setattr(trainer.Trainer, "train_epoch", train_epoch)
+    real = run.Run.updates
+    monkeypatch.setattr(run.Run, "updates", updates)
     pre_train.main(small("--num_epochs=5"))
     pictures.append(picture.read_text())
 
@@ -861,8 +861,8 @@ def test_out_of_memory_tells_what_fits(
 
         return finish_files(self)
 
-    finish_files = session.Session.finish_files
-    monkeypatch.setattr(session.Session, "finish_files", finish)
+    finish_files = run.Run.finish_files
+    monkeypatch.setattr(run.Run, "finish_files", finish)
     flags = (f"--batch_size={batch_size}", f"--samples_per_epoch={2 * batch_size}")
 
     assert pre_train.main(small(*flags, "--num_epochs=1")) == 0
@@ -910,15 +910,12 @@ def test_tensorboard_gets_the_scalars_where_it_is_installed(
 
 
 def test_tiny_preset_is_offline_and_small(pre_train):
-    args, given = pre_train.build_parser().parse(
-        ["--preset=tiny", "--dropout=0.3"], pre_train.PRESETS
-    )
+    args = pre_train.build_parser().parse(["--preset=tiny", "--dropout=0.3"], pre_train.PRESETS)
 
     assert args.dataset == ["stdlib"]
     assert args.dropout == 0.3
     assert args.embedding_dimensions == pre_train.PRESETS["tiny"]["embedding_dimensions"]
-    assert given == {"preset", "dropout"}
-    assert json.dumps(vars(args))
+    assert args.given == {"preset", "dropout"}
 
 
 @pytest.mark.parametrize("flags", [[], ["--activation_checkpointing=True", "--dropout=0.1"]])

@@ -9,11 +9,32 @@ import io
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 
-class UsageError(Exception):
-    """Arguments that do not fit what was found in the files that they name."""
+class UsageError(ValueError):
+    """Arguments that do not fit together, or not what was found in the files that they name."""
+
+
+class Settings(argparse.Namespace):
+    """The values of all arguments. They are settled once: `replace` makes other settings.
+
+    Attributes:
+        given: the names of the arguments that the command line gave, as a set.
+    """
+
+    def __init__(self, **values):
+        vars(self).update(values)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"Settings do not change, {name} was assigned to.")
+
+    def replace(self, **changes) -> "Settings":
+        return Settings(**{**vars(self), **changes})
+
+    def select(self, names: Iterable[str]) -> dict:
+        """Return some of the values by their names."""
+        return {name: getattr(self, name) for name in names}
 
 
 class Parser(argparse.ArgumentParser):
@@ -24,14 +45,8 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs
         )
 
-    def parse(
-        self, argv: list[str] | None, presets: dict[str, dict]
-    ) -> tuple[argparse.Namespace, set[str]]:
-        """Read the arguments: given ones win over those of `--preset`, and these over defaults.
-
-        Returns:
-            The values of all arguments, and the names of those that were given.
-        """
+    def parse(self, argv: list[str] | None, presets: dict[str, dict] | None = None) -> Settings:
+        """Read the arguments: given ones win over those of `--preset`, and these over defaults."""
         # A path may hold bytes that no terminal can show.
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
@@ -45,9 +60,9 @@ class Parser(argparse.ArgumentParser):
 
         given = {dest: value for dest, value in vars(parsed).items() if value is not None}
         defaults = {dest: self.get_default(dest) for dest in dests}
-        preset = presets[given["preset"]] if "preset" in given else {}
+        preset = presets[given["preset"]] if presets and "preset" in given else {}
 
-        return argparse.Namespace(**{**defaults, **preset, **given}), set(given)
+        return Settings(**{**defaults, **preset, **given}, given=frozenset(given))
 
     def reject_unknown(self, unknown: list[str]) -> None:
         flag = unknown[0].split("=")[0]
@@ -92,6 +107,34 @@ def add_batches(add: Callable) -> None:
         type=positive_int,
         default=32,
         help="The number of batches to pass through the network before updating the weights.",
+    )
+
+
+def add_outputs(add: Callable, checkpoint_path: str, metrics_path: str) -> None:
+    add(
+        "--checkpoint_path",
+        default=checkpoint_path,
+        help="The path to the checkpoint file on disk.",
+    )
+    add(
+        "--metrics_path",
+        default=metrics_path,
+        help="The path to the table of metrics, one row an epoch.",
+    )
+
+
+def add_intervals(add: Callable, evaluation: int, checkpoint: int) -> None:
+    add(
+        "--eval_interval",
+        type=positive_int,
+        default=evaluation,
+        help="Evaluate on the test split every this many epochs.",
+    )
+    add(
+        "--checkpoint_interval",
+        type=positive_int,
+        default=checkpoint,
+        help="Save a checkpoint every this many epochs.",
     )
 
 

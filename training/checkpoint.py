@@ -12,7 +12,7 @@ import os
 import struct
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from os import PathLike
 from pathlib import Path
@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from model import GPT
-from system.devices import available_memory, num_bytes
 from system.files import duplicate, lock_path, replaced, sync, temporary_path
 from system.locks import exclusive
+from system.memory import available_memory, num_bytes
 from text.tokenizer import ENCODING
 from training.lora import merge_lora
 
@@ -44,12 +44,12 @@ class CheckpointWriter:
     """Writes the checkpoints of a run behind its next steps, one after the other.
 
     Args:
-        is_owner: tells whether the file is this run's own still.
+        locks: of the files of the run; without any they are its own.
     """
 
-    def __init__(self, path: Path, is_owner: Callable[[], bool]):
+    def __init__(self, path: Path, locks: Sequence[Callable[[], bool]] = ()):
         self.path = path
-        self.is_owner = is_owner
+        self.locks = locks
         self.executor = ThreadPoolExecutor(max_workers=1)
         self.pending: Future | None = None
 
@@ -76,7 +76,7 @@ class CheckpointWriter:
 
     def check_owner(self) -> None:
         """Raise CheckpointError when another run has taken over the files of this one."""
-        if not self.is_owner():
+        if not all(is_held() for is_held in self.locks):
             raise CheckpointError(
                 f"{self.path} belongs to another run by now: this one was silent for too long, as"
                 " on a machine that sleeps, and was taken for dead."

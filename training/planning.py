@@ -12,21 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from data import Corpus, TrainingData
 from loss import output_memory
 from model import GPT
-from system.devices import (
-    PRECISIONS,
-    autocast,
-    library_memory,
-    matmul_rate,
-    num_bytes,
-    peak_memory,
-    synchronize,
-    whole_memory,
-)
-from system.distributed import own_part, whole
+from system.devices import PRECISIONS, autocast, matmul_rate, synchronize
+from system.distributed import own_part, unshard
+from system.memory import library_memory, num_bytes, peak_memory, whole_memory
+from training.arguments import Settings
 from training.checkpoint import can_copy, copy_to_cpu
-from training.trainer import Step, StopSignal, Trainer
+from training.recipe import num_updates, tokens_per_update
+from training.run import load_update
+from training.trainer import MicroBatches, Trainer
 
 # Updates are timed for so many seconds, or once.
 TIMED_SECONDS = 5.0
@@ -70,33 +66,28 @@ class Plan:
         return max(0.0, room // (max(1, self.activations) / batch_size))
 
 
-def make_plan(
-    trainer: Trainer,
-    load_step: Callable[[int], Step],
-    test_batch: tuple[Tensor, Tensor],
-    libraries: int,
-) -> Plan:
+def make_plan(trainer: Trainer, data: TrainingData, libraries: int) -> Plan:
     """Take some updates and measure them. They change the weights, so no run should go on.
 
     Args:
-        load_step: returns the micro-batches of an update by its number.
         libraries: the memory in bytes that this process had before there was a model.
 
     Raises:
         Interrupted: when a signal has come.
     """
     device, model = trainer.device, trainer.model
-    micro_batches = load_step(trainer.step)
+    micro_batches = load_update(data, trainer.step, trainer.world)
+    test_batch = next(iter(data.test_batches()[data.sources[0]]))
 
-    with StopSignal() as stop:
-        start = seconds_of(device, trainer.take_step, micro_batches[:1], stop)
+    with trainer.stoppable():
+        start = seconds_of(device, trainer.take_step, micro_batches[:1])
         # From now on there is the state of the optimizer. The second micro-batch meets the
         # gradients of the first.
         hold_copy(trainer)
-        trainer.take_step(micro_batches[:2], stop)
+        trainer.take_step(micro_batches[:2])
         peak = peak_memory(device)
-        update = time_updates(trainer, micro_batches, stop)
-        test = min(seconds_of(device, trainer.evaluate, [test_batch], stop) for _ in range(2))
+        update = time_updates(trainer, micro_batches)
+        test = min(seconds_of(device, trainer.evaluate, [test_batch]) for _ in range(2))
 
     weights = list(model.parameters())
     gradient, buffers = output_memory(
@@ -133,7 +124,7 @@ def make_plan(
 
 def hold_copy(trainer: Trainer) -> None:
     """Hold a copy of a checkpoint, as the first process does while it writes one."""
-    state = whole([trainer.model.state_dict(), trainer.optimizers.state_dict()])
+    state = unshard([trainer.model.state_dict(), trainer.optimizers.state_dict()])
 
     if trainer.world.is_first and can_copy(state):
         copy = copy_to_cpu(state)
@@ -151,7 +142,7 @@ def seconds_of(device: torch.device, function: Callable, *args) -> float:
     return time.perf_counter() - start
 
 
-def time_updates(trainer: Trainer, micro_batches: Step, stop: StopSignal) -> float:
+def time_updates(trainer: Trainer, micro_batches: MicroBatches) -> float:
     """Return the seconds of an update, from updates of one and of two of its micro-batches."""
     ones, twos = [], []
 
@@ -160,7 +151,7 @@ def time_updates(trainer: Trainer, micro_batches: Step, stop: StopSignal) -> flo
         for seconds, count in ((ones, 1), (twos, 2)):
             if count <= len(micro_batches):
                 part = micro_batches[:count]
-                seconds.append(seconds_of(trainer.device, trainer.take_step, part, stop))
+                seconds.append(seconds_of(trainer.device, trainer.take_step, part))
 
     one = statistics.median(ones)
     # What comes once in an update, such as sending gradients, drops out of the difference.
@@ -248,6 +239,32 @@ def count_parameters(model: GPT) -> dict[str, int]:
     }
 
     return {**parts, "normalisation": model.num_parameters - sum(parts.values())}
+
+
+def estimate(
+    settings: Settings, trainer: Trainer, corpus: Corpus, libraries: int, is_chosen: bool
+) -> None:
+    """Take a few updates, and print what the whole run would take: --dry_run.
+
+    Args:
+        libraries: as for make_plan.
+        is_chosen: whether the precision is what `--precision=auto` takes.
+    """
+    plan = make_plan(trainer, corpus, libraries)
+    epochs = range(len(trainer.metrics) + 1, settings.num_epochs + 1)
+    is_last = settings.num_epochs
+    num_tests = sum(e % settings.eval_interval == 0 or e == is_last for e in epochs)
+    num_batches = sum(math.ceil(len(t) / settings.batch_size) for t in corpus.tests.values())
+
+    describe_plan(
+        plan,
+        trainer,
+        is_chosen,
+        settings.batch_size,
+        tokens_per_update(settings),
+        num_updates(settings) - trainer.step,
+        num_tests * math.ceil(num_batches / trainer.world.size),
+    )
 
 
 def describe_plan(

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from system.distributed import World, spread_like
-from training.optimizers import Muon
+from system.distributed import World, shard_like
+from training.muon import Muon
 
 
 class SharedOptimizer(ZeroRedundancyOptimizer):
@@ -32,7 +32,7 @@ class SharedOptimizer(ZeroRedundancyOptimizer):
     def __init__(self, groups: list[dict], optimizer_class, is_elementwise: bool, **options):
         max_size = self.MAX_SIZE if is_elementwise else math.inf
         self.weights = [weight for group in groups for weight in group["params"]]
-        self.blocks = [cut(weight, max_size) for weight in self.weights]
+        self.blocks = [blocks_of(weight, max_size) for weight in self.weights]
         self.group_sizes = [len(group["params"]) for group in groups]
         blocks = iter(self.blocks)
 
@@ -98,7 +98,7 @@ class SharedOptimizer(ZeroRedundancyOptimizer):
         )
 
 
-def cut(weight: nn.Parameter, max_size: float) -> list[nn.Parameter]:
+def blocks_of(weight: nn.Parameter, max_size: float) -> list[nn.Parameter]:
     """Return blocks of rows that share the memory of a weight, of max_size elements at most."""
     if weight.numel() <= max_size:
         return [weight]
@@ -184,7 +184,7 @@ class ShardedMuon(Muon):
                 update = own if is_own else self.empty(matrix.shape, self.dtype)
                 dist.broadcast(update, owner)
 
-                yield matrix, spread_like(update, matrix)
+                yield matrix, shard_like(update, matrix)
 
     def empty(self, shape: Iterable[int], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.world.device)

@@ -1,14 +1,11 @@
-"""What the training scripts share: device and precision, the pass over an epoch, evaluation.
+"""Updates of the weights: gradients, guards, and the state that a run resumes from.
 
 Axes of the tensors: B samples, T tokens.
 """
 
+import contextlib
 import math
-import os
-import signal
-import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,55 +13,29 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from system.devices import autocast, first_that_fits
-from system.distributed import World, are_finite, clip_gradients, spread_like
+from data import TrainingData
+from system.devices import autocast
+from system.distributed import (
+    LostProcessError,
+    NoAnswerError,
+    World,
+    are_finite,
+    clip_gradients,
+    shard_like,
+)
+from system.memory import first_that_fits
+from system.signals import Interrupted, StopSignal
 from training.metrics import SOURCE_LOSS
 from training.optimizers import Optimizers, Schedule
 from training.pictures import perplexity
 
 # The part of a process in an update: numbered micro-batches of token ids and targets, int64 (B, T).
 # Targets below 0 have no loss.
-Step = list[tuple[int, Tensor, Tensor]]
+MicroBatches = list[tuple[int, Tensor, Tensor]]
 
 
 class TrainingError(Exception):
     """What ends a run early; the message is one line for the user."""
-
-
-class Interrupted(Exception):
-    """A signal asked the run to end."""
-
-    def __init__(self, number: int):
-        super().__init__(number)
-        self.number = number
-
-
-# --- Training and evaluation ---
-
-
-class StopSignal:
-    """Remember SIGTERM or SIGINT until it suits; the second one ends the process at once."""
-
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
-    # Seconds in which further signals are the first one once more: a cluster that ends a job sends
-    # it to torchrun and to its processes, and torchrun sends it to these again.
-    ECHO = 5.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
-
-    def __enter__(self) -> "StopSignal":
-        self.number = None
-        self.previous = {number: signal.signal(number, self.handle) for number in self.SIGNALS}
-
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def handle(self, number: int, _) -> None:
-        if self.number is None:
-            self.number, self.came = number, time.monotonic()
-        elif time.monotonic() - self.came >= self.ECHO:
-            os._exit(128 + number)
 
 
 @dataclass
@@ -75,10 +46,12 @@ class Trainer:
 
     Args:
         model: returns the mean loss per target in nats from ids and targets.
-        network: what learns: the model, or what World.prepare has made of it.
-        schedule: learning rate by the number of the step.
+        network: what learns: the model, or what World.wrap has made of it.
+        schedule: learning rate by the number of the update.
         precision: bf16, fp16 or fp32.
         seed: with the number of a micro-batch it decides every random number.
+        peak_rate: operations a second of all devices' matrix products.
+        trained: the key under which a checkpoint holds the trained weights.
     """
 
     model: nn.Module
@@ -89,19 +62,18 @@ class Trainer:
     precision: str
     seed: int
     max_gradient_norm: float
-    # Operations a second of all devices' matrix products; the metrics give the share of it.
     peak_rate: float
+    trained: str = "model"
 
     step: int = 0
     tokens: int = 0
     # One dictionary an epoch, as in the metrics file.
     metrics: list[dict] = field(default_factory=list)
-    # Sums over the steps of the epoch that is under way.
+    # Sums over the updates of the epoch that is under way.
     loss_sum: float = 0.0
     norm_sum: float = 0.0
     num_steps: int = 0
     seconds: float = 0.0
-    is_rehearsed: bool = False
 
     def __post_init__(self):
         # MKL picks its kernel of exp at the first call. When several threads make that call at
@@ -110,62 +82,42 @@ class Trainer:
         torch.zeros(1).exp()
 
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+        self.stop = StopSignal()
+        self.has_warmed_up = False
+        self.last_loss = math.nan
 
     @property
     def device(self) -> torch.device:
         return self.world.device
 
-    def train_epoch(
-        self, load_step: Callable[[int], Step], last_step: int, stop: StopSignal
-    ) -> None:
-        """Take the steps that the epoch still lacks, up to but not with last_step.
+    # --- An update ---
 
-        Args:
-            load_step: returns the micro-batches of a step by its number.
+    def update(self, batches: MicroBatches) -> None:
+        """Update the weights once, and count it in the epoch under way.
 
         Raises:
-            Interrupted: when a signal has come; finished steps stand, the running one is dropped.
+            Interrupted: when a signal has come; the update is dropped.
             TrainingError: when the loss or the gradient is not finite; the weights are as before.
         """
         self.model.train()
-        description = f"Epoch {len(self.metrics) + 1}"
-        steps = range(self.step, last_step)
-        started = before = time.perf_counter()
-        tokens_before = self.tokens
 
-        with self.progress(steps, description, "step") as progress:
-            for step in prefetch(load_step, steps, self.device):
-                if not self.is_rehearsed:
-                    self.rehearse(step)
+        if not self.has_warmed_up:
+            self.warm_up(batches)
 
-                loss, norm = self.take_step(step, stop)
+        loss, norm = self.take_step(batches)
+        self.last_loss = loss
+        self.loss_sum += loss
+        self.norm_sum += norm if math.isfinite(norm) else 0.0
+        self.num_steps += 1
 
-                self.loss_sum += loss
-                self.norm_sum += norm if math.isfinite(norm) else 0.0
-                self.num_steps += 1
+    def warm_up(self, batches: MicroBatches) -> None:
+        """Send gradients of zero once between the processes.
 
-                now = time.perf_counter()
-                self.seconds += now - before
-                before = now
-
-                rate = (self.tokens - tokens_before) / (now - started)
-                progress.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s", refresh=False)
-                progress.update()
-
-    def progress(self, items: Iterable, description: str, unit: str) -> tqdm:
-        # None: where standard error is a terminal. In a log every redrawn bar would stay.
-        is_silent = None if self.world.is_first else True
-
-        return tqdm(items, desc=description, unit=unit, leave=False, disable=is_silent)
-
-    def rehearse(self, step: Step) -> None:
-        """Let the processes send gradients of zero.
-
-        By the order in which the first ones come the others are bundled. Without a rehearsal a run
-        that is resumed would add them up in another order than one that was not interrupted.
+        The order in which the first gradients come decides the buckets of the later ones. Without
+        this a resumed run would add gradients up in another order than an undisturbed one.
         """
         if self.network is not self.model:
-            _, x, y = step[0]
+            _, x, y = batches[0]
             x, y = x.to(self.device), torch.full_like(y, -1, device=self.device)
 
             with autocast(self.device, self.precision):
@@ -174,15 +126,15 @@ class Trainer:
             loss.backward()
             self.optimizers.zero_grad()
 
-        self.is_rehearsed = True
+        self.has_warmed_up = True
 
-    def take_step(self, step: Step, stop: StopSignal) -> tuple[float, float]:
+    def take_step(self, batches: MicroBatches) -> tuple[float, float]:
         """Update the weights once from all micro-batches; return loss and gradient norm."""
-        loss, num_tokens = self.accumulate_gradient(step, stop)
+        loss, num_tokens = self.accumulate_gradient(batches)
 
         self.optimizers.unscale(self.scaler)
         norm = clip_gradients(self.model, self.max_gradient_norm)
-        # The only wait for the device in a step.
+        # The only wait for the device in an update.
         loss, norm = torch.stack([loss, norm]).tolist()
         self.check_finite(loss, norm)
 
@@ -199,32 +151,31 @@ class Trainer:
 
         return loss, norm
 
-    def accumulate_gradient(self, step: Step, stop: StopSignal) -> tuple[Tensor, int]:
+    def accumulate_gradient(self, batches: MicroBatches) -> tuple[Tensor, int]:
         """Add up the gradient of the mean loss over all targets of an update, of all processes.
 
         Returns:
             That loss, and the number of tokens that were read.
         """
-        counts = [int((y >= 0).sum()) for _, _, y in step]
-        # A micro-batch without targets is there for company alone.
-        sizes = [x.numel() for (_, x, _), count in zip(step, counts, strict=True) if count]
+        counts = [int((y >= 0).sum()) for _, _, y in batches]
+        # A micro-batch without targets only fills up: another process has the real one.
+        sizes = [x.numel() for (_, x, _), count in zip(batches, counts, strict=True) if count]
         num_targets, num_tokens = self.world.sum(sum(counts), sum(sizes))
         # Gradients are averaged over processes, and here they are to be added up.
         scale = self.world.size / max(1, num_targets)
         total = torch.zeros((), device=self.device)
 
-        for index, ((number, x, y), count) in enumerate(zip(step, counts, strict=True)):
+        for index, ((number, x, y), count) in enumerate(zip(batches, counts, strict=True)):
             try:
-                self.check(stop)
+                self.check_signals()
             except Interrupted:
                 self.model.zero_grad(set_to_none=True)
                 raise
 
             torch.manual_seed(random_seed(self.seed, number))
-
             x, y = (part.to(self.device, non_blocking=True) for part in (x, y))
 
-            with self.world.postpone_reduction(self.network, index == len(step) - 1):
+            with self.world.no_sync(self.network, is_last=index == len(batches) - 1):
                 with autocast(self.device, self.precision):
                     loss = self.network(x, y) * (count * scale)
 
@@ -233,11 +184,6 @@ class Trainer:
             total += loss.detach()
 
         return self.world.reduce(total / self.world.size), num_tokens
-
-    def check(self, stop: StopSignal) -> None:
-        """Raise Interrupted, in all processes at once, when a signal has come to one of them."""
-        if number := self.world.max(stop.number or 0):
-            raise Interrupted(number)
 
     def check_finite(self, loss: float, norm: float) -> None:
         """Raise TrainingError unless loss and gradient may reach the optimizers."""
@@ -255,8 +201,39 @@ class Trainer:
             " --learning_rate, or with --precision=fp32."
         )
 
+    # --- Signals and lost processes ---
+
+    def check_signals(self) -> None:
+        """Raise Interrupted, in all processes at once, when a signal has come to one of them."""
+        if number := self.world.max(self.stop.number or 0):
+            raise Interrupted(number)
+
+    @contextlib.contextmanager
+    def stoppable(self) -> Iterator[None]:
+        """Remember signals meanwhile, and find out what it means when a process is lost.
+
+        Raises:
+            LostProcessError: without a message when this process is to end, too.
+        """
+        with self.stop:
+            try:
+                yield
+            except (RuntimeError, NoAnswerError) as error:
+                if not self.world.is_lost_process(error):
+                    raise
+
+                message = self.world.describe_lost_process(lambda: self.stop.number is not None)
+
+                raise LostProcessError(message) from error
+
+    # --- Evaluation ---
+
+    def test(self, data: TrainingData) -> dict[str, float]:
+        """Return the mean test loss of each source, in nats per target."""
+        return {name: self.evaluate(batches) for name, batches in data.test_batches().items()}
+
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]], stop: StopSignal) -> float:
+    def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
         """Return the mean loss in nats per target; no state of training changes.
 
         Raises:
@@ -266,7 +243,7 @@ class Trainer:
         total, num_targets = torch.zeros((), device=self.device), 0
 
         for (x, y), is_own in self.progress(self.world.share(batches), "Testing", "batch"):
-            self.check(stop)
+            self.check_signals()
             count = int((y >= 0).sum()) if is_own else 0
             x, y = x.to(self.device), y.to(self.device)
 
@@ -277,6 +254,12 @@ class Trainer:
             num_targets += count
 
         return self.world.reduce(total).item() / self.world.sum(num_targets)[0]
+
+    def progress(self, items: Iterable, description: str, unit: str) -> tqdm:
+        """Return a progress bar; a log, in which every redrawn bar would stay, gets none."""
+        is_silent = None if self.world.is_first else True
+
+        return tqdm(items, desc=description, unit=unit, leave=False, disable=is_silent)
 
     def fitting_batch_size(self, batch_size: int) -> int | None:
         """Return the largest proper divisor of a batch size that memory holds; None without any.
@@ -304,13 +287,15 @@ class Trainer:
 
         return size
 
+    # --- The record, and what a run resumes from ---
+
     def finish_epoch(
-        self, test_loss: float | None, flops: float, source_losses: dict[str, float]
+        self, test_loss: float | None, flops_per_token: float, source_losses: dict[str, float]
     ) -> dict:
-        """Close the epoch that is under way and return its row of the metrics file.
+        """Close the epoch that is under way and return its row of the metrics.
 
         Args:
-            flops: the operations that training on one token takes.
+            flops_per_token: the operations that training on one token takes.
             source_losses: the test losses that test_loss is the mean of, by source.
         """
         last = self.metrics[-1] if self.metrics else {"tokens": 0, "seconds": 0.0}
@@ -325,7 +310,7 @@ class Trainer:
             "gradient_norm": self.norm_sum / self.num_steps,
             "learning_rate": self.schedule(self.step - 1),
             "tokens_per_second": rate,
-            "mfu": rate * flops / self.peak_rate,
+            "mfu": rate * flops_per_token / self.peak_rate,
             "seconds": self.seconds + last["seconds"],
             **{SOURCE_LOSS + name: loss for name, loss in source_losses.items()},
         }
@@ -342,10 +327,14 @@ class Trainer:
 
         return min(losses, default=math.inf)
 
-    def state_dict(self) -> dict:
-        """Return all that a resumed run needs beside the weights: tensors, strings and numbers.
+    def trained_weights(self) -> dict[str, Tensor]:
+        """Return the weights that are trained by their names: all, or those of an adapter."""
+        return {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
 
-        Complete on the first process alone.
+    def state_dict(self) -> dict:
+        """Return all that a resumed run needs: tensors, strings and numbers.
+
+        Tensors may be sharded, and the state of the optimizers is complete on the first process.
 
         Raises:
             TrainingError: when a weight is not finite, and so nothing that a run should resume.
@@ -357,6 +346,7 @@ class Trainer:
             )
 
         return {
+            self.trained: self.trained_weights(),
             "optimizer": self.optimizers.state_dict(),
             "scaler": self.scaler.state_dict(),
             "position": self.step,
@@ -371,8 +361,10 @@ class Trainer:
         """Go back to where state_dict was taken; state may live on any device.
 
         Raises:
-            TrainingError: when the optimizers are not those of this run.
+            TrainingError: when weights or optimizers are not those of this run.
         """
+        load_weights(self.trained_weights(), state[self.trained])
+
         try:
             self.optimizers.load_state_dict(state["optimizer"])
         except ValueError as error:
@@ -387,56 +379,9 @@ class Trainer:
         self.loss_sum, self.norm_sum, self.num_steps, self.seconds = state["epoch"]
 
 
-def load_share(
-    numbers: Iterable[int], load: Callable[[int], tuple[Tensor, Tensor]], world: World
-) -> Step:
-    """Load those micro-batches of an update that are this process's part of it.
-
-    All processes get as many; what only fills up has no targets.
-
-    Args:
-        load: returns token ids and targets of a micro-batch by its number.
-    """
-    step = []
-
-    for number, is_own in world.share(numbers):
-        x, y = load(number)
-        step.append((number, x, y if is_own else torch.full_like(y, -1)))
-
-    return step
-
-
 def random_seed(*key: int) -> int:
     """Derive a seed from numbers: equal keys give equal seeds, others unrelated ones."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) >> 1
-
-
-def prefetch(
-    load_step: Callable[[int], Step], steps: Iterable[int], device: torch.device
-) -> Iterator[Step]:
-    """Yield the micro-batches of each step, loading the next while the last is worked on."""
-
-    def load(number: int) -> Step:
-        step = load_step(number)
-
-        if device.type != "cuda":
-            return step
-
-        return [(m, x.pin_memory(), y.pin_memory()) for m, x, y in step]
-
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        pending = None
-
-        for number in steps:
-            upcoming = pool.submit(load, number)
-
-            if pending is not None:
-                yield pending.result()
-
-            pending = upcoming
-
-        if pending is not None:
-            yield pending.result()
 
 
 @torch.no_grad()
@@ -463,4 +408,4 @@ def load_weights(expected: dict[str, Tensor], given: dict[str, Tensor]) -> None:
             )
 
     for name, tensor in expected.items():
-        tensor.copy_(spread_like(given[name], tensor))
+        tensor.copy_(shard_like(given[name], tensor))

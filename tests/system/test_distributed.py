@@ -5,6 +5,7 @@ import re
 import signal
 import socket
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from conftest import SAVE_AT_ONCE, assert_same_run
 
 from processes import Group, assert_close_runs, finished
 from system.distributed import ProcessError, World
-from training.trainer import load_share
+from training.run import load_update
 
 
 @pytest.fixture
@@ -47,10 +48,11 @@ def test_items_are_shared_out_in_turns(size, num_items):
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_what_fills_up_has_no_targets(size):
-    def load(number):
-        return torch.full((2, 3), number), torch.full((2, 3), number)
-
-    steps = [load_share(range(5, 9), load, World(rank, size)) for rank in range(size)]
+    data = SimpleNamespace(
+        numbers=lambda update: range(5, 9),
+        batch=lambda number: (torch.full((2, 3), number), torch.full((2, 3), number)),
+    )
+    steps = [load_update(data, 0, World(rank, size)) for rank in range(size)]
 
     assert len({len(step) for step in steps}) == 1
     trained = [number for step in steps for number, _, y in step if (y >= 0).all()]
@@ -441,7 +443,7 @@ distributed.PATIENCE = 0.5
     assert torch.load(group.folder / "checkpoint.pt", weights_only=True)["position"] == 10
 
 
-@pytest.mark.parametrize("place", ["script.open_all", "script.build_trainer"])
+@pytest.mark.parametrize("place", ["script.open_corpus", "script.build_trainer"])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_error_at_the_start_ends_all_and_is_told_alone(run, place, rank):
     fault = f"""

@@ -45,7 +45,7 @@ def test_readme_has_the_arguments_of_the_parser(script):
 
 
 def test_defaults_of_the_seed_are_kept(pre_train):
-    defaults = vars(pre_train.build_parser().parse([], pre_train.PRESETS)[0])
+    defaults = vars(pre_train.build_parser().parse([], pre_train.PRESETS))
     seed = {
         "batch_size": 4,
         "gradient_accumulation_steps": 32,
@@ -72,7 +72,7 @@ def test_defaults_of_the_seed_are_kept(pre_train):
 
 
 def test_defaults_of_the_seed_are_kept_in_fine_tuning(fine_tune):
-    defaults = vars(fine_tune.build_parser().parse([], fine_tune.PRESETS)[0])
+    defaults = vars(fine_tune.build_parser().parse([], fine_tune.PRESETS))
     seed = {
         "base_model_path": "./out/checkpoint.pt",
         "batch_size": 4,
@@ -183,7 +183,7 @@ def test_unknown_arguments(error_of, argument, hint):
     ],
 )
 def test_booleans(pre_train, argv, value):
-    assert pre_train.build_parser().parse(argv, {})[0].resume is value
+    assert pre_train.build_parser().parse(argv).resume is value
 
 
 def test_what_is_no_boolean(error_of):
@@ -260,7 +260,7 @@ def test_nothing_else_is_where_the_picture_of_the_metrics_goes(
 def test_sources_add_up_over_repeated_flags(pre_train):
     argv = ["--dataset", "a/b", "--dataset", "stdlib=2", "c/d"]
 
-    assert pre_train.build_parser().parse(argv, {})[0].dataset == ["a/b", "stdlib=2", "c/d"]
+    assert pre_train.build_parser().parse(argv).dataset == ["a/b", "stdlib=2", "c/d"]
 
 
 def test_help_has_a_line_for_every_flag(pre_train, capsys):
@@ -273,9 +273,9 @@ def test_help_has_a_line_for_every_flag(pre_train, capsys):
 
 
 def test_presets_fill_in_and_flags_override(pre_train):
-    args, given = pre_train.build_parser().parse(
+    args = pre_train.build_parser().parse(
         ["--preset=gpt2-xl", "--num_hidden_layers=2"], pre_train.PRESETS
     )
 
     assert (args.embedding_dimensions, args.num_hidden_layers) == (1600, 2)
-    assert given == {"preset", "num_hidden_layers"}
+    assert args.given == {"preset", "num_hidden_layers"}

@@ -8,7 +8,8 @@ import torch
 
 from model import GPT
 from system.distributed import World
-from training.optimizers import Muon, Optimizers, Schedule, alike, orthogonalize, step_factors
+from training.muon import Muon, batches_of_one_shape, orthogonalize
+from training.optimizers import Optimizers, Schedule, step_factors
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
@@ -242,7 +243,7 @@ def test_matrices_of_one_shape_are_stepped_together_as_if_alone():
 def test_lists_of_matrices_are_bounded(device, lengths):
     shapes = [(32, 64)] * 33 + [(512, 256)] * (2 if device == "cpu" else 3) + [(64, 32)] * 8
     matrices = [torch.empty(shape, device=device) for shape in shapes]
-    lists = list(alike(matrices))
+    lists = list(batches_of_one_shape(matrices))
 
     assert sorted(id(m) for some in lists for m in some) == sorted(id(m) for m in matrices)
     assert all(len({m.shape for m in some}) == 1 for some in lists)

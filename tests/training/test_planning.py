@@ -14,7 +14,6 @@ from processes import Group
 from text.preparation import load_or_prepare, parse_source
 from training import planning
 from training.planning import Plan, attention_kernel, count_parameters, kept_memory, time_updates
-from training.trainer import StopSignal
 
 SIZES = {
     "vocabulary_size": 1000,
@@ -101,9 +100,9 @@ def test_memory_of_the_loss_is_that_of_its_buffers(monkeypatch):
     planning_gradient, buffers = output_memory(weight, 300, torch.float32)
     sizes.clear()
 
-    from loss import linear_cross_entropy
+    from loss import OutputLoss
 
-    linear_cross_entropy(z, weight, y, 1000).backward()
+    OutputLoss()(z, weight, y, 1000).backward()
     assert planning_gradient == weight.grad.nbytes
     assert buffers == sum(tensor.nbytes for tensor in sizes)
 
@@ -112,7 +111,7 @@ def test_memory_of_the_loss_is_that_of_its_buffers(monkeypatch):
 def test_time_of_an_update_is_that_of_its_batches_and_what_comes_once(monkeypatch, num_batches):
     now = [0.0]
 
-    def take_step(batches, stop):
+    def take_step(batches):
         now[0] += 3.0 + 0.25 * len(batches)
 
     trainer = make_trainer()
@@ -120,8 +119,7 @@ def test_time_of_an_update_is_that_of_its_batches_and_what_comes_once(monkeypatc
     monkeypatch.setattr(planning.time, "perf_counter", lambda: now[0])
     x = torch.zeros(2, 4, dtype=torch.int64)
 
-    with StopSignal() as stop:
-        seconds = time_updates(trainer, [(n, x, x) for n in range(num_batches)], stop)
+    seconds = time_updates(trainer, [(n, x, x) for n in range(num_batches)])
 
     assert seconds == pytest.approx(3.0 + 0.25 * num_batches)
 

@@ -25,7 +25,6 @@ from training.trainer import (
     StopSignal,
     TrainingError,
     load_weights,
-    prefetch,
     random_seed,
 )
 
@@ -45,19 +44,13 @@ def make_step(num_batches=3, first=0):
     ]
 
 
-@pytest.fixture
-def stop():
-    with StopSignal() as stop:
-        yield stop
-
-
-def test_accumulated_gradient_is_that_of_the_whole_batch(stop):
+def test_accumulated_gradient_is_that_of_the_whole_batch():
     """Also where micro-batches have different numbers of targets."""
     step = make_step()
     step[0][2][0] = -100
     step[2][2][1, 3] = -100
     trainer = make_trainer()
-    loss, num_tokens = trainer.accumulate_gradient(step, stop)
+    loss, num_tokens = trainer.accumulate_gradient(step)
     given = [p.grad.clone() for p in trainer.model.parameters()]
 
     trainer.model.zero_grad()
@@ -70,7 +63,7 @@ def test_accumulated_gradient_is_that_of_the_whole_batch(stop):
         torch.testing.assert_close(gradient, parameter.grad)
 
 
-def test_step_equals_plain_pytorch(stop):
+def test_step_equals_plain_pytorch():
     trainer, plain = make_trainer(), make_trainer().model
     optimizer = torch.optim.AdamW(
         [
@@ -83,7 +76,7 @@ def test_step_equals_plain_pytorch(stop):
 
     for number in range(3):
         step = make_step(1, number)
-        loss, norm = trainer.take_step(step, stop)
+        loss, norm = trainer.take_step(step)
 
         expected = plain(*step[0][1:])
         expected.backward()
@@ -105,13 +98,13 @@ def test_random_numbers_depend_on_seed_and_place_alone():
     assert all(0 <= random_seed(0, place) < 2**63 for place in range(100))
 
 
-def test_evaluation_weighs_targets_and_changes_nothing(stop):
+def test_evaluation_weighs_targets_and_changes_nothing():
     trainer = make_trainer(GPT(300, 8, 16, 2, 1, dropout=0.5))
     batches = [(x, y) for _, x, y in make_step(3)]
     batches[1][1][1] = -100
     state = torch.get_rng_state()
-    loss = trainer.evaluate(batches, stop)
-    again = trainer.evaluate(batches, stop)
+    loss = trainer.evaluate(batches)
+    again = trainer.evaluate(batches)
 
     logits = trainer.model(torch.cat([x for x, _ in batches]))
     expected = F.cross_entropy(logits.flatten(0, 1), torch.cat([y for _, y in batches]).flatten())
@@ -124,7 +117,7 @@ def test_evaluation_weighs_targets_and_changes_nothing(stop):
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_what_is_not_finite_never_reaches_the_weights(stop, kind, value, precision):
+def test_what_is_not_finite_never_reaches_the_weights(kind, value, precision):
     class Faulty(Line):
         def forward(self, x, y):
             loss = super().forward(x, y)
@@ -134,24 +127,24 @@ def test_what_is_not_finite_never_reaches_the_weights(stop, kind, value, precisi
             return loss
 
     trainer = make_trainer(precision=precision)
-    trainer.take_step(make_step(), stop)
+    trainer.take_step(make_step())
     before = [p.clone() for p in trainer.model.parameters()]
     trainer.model.__class__ = Faulty
 
     with pytest.raises(TrainingError, match=r"in epoch 1, step 1; the weights were not changed"):
-        trainer.take_step(make_step(), stop)
+        trainer.take_step(make_step())
 
     assert trainer.step == 1
     for parameter, old in zip(trainer.model.parameters(), before, strict=True):
         assert torch.equal(parameter, old)
 
 
-def test_fp16_skips_an_overflow_and_scales_less(stop):
+def test_fp16_skips_an_overflow_and_scales_less():
     trainer = make_trainer(precision="fp16")
     before = [p.clone() for p in trainer.model.parameters()]
     scale = trainer.scaler.get_scale()
     hook = trainer.model.table.weight.register_hook(lambda gradient: gradient * math.inf)
-    trainer.take_step(make_step(), stop)
+    trainer.take_step(make_step())
     hook.remove()
 
     assert trainer.scaler.get_scale() == scale / 2
@@ -159,34 +152,34 @@ def test_fp16_skips_an_overflow_and_scales_less(stop):
         torch.equal(p, old) for p, old in zip(trainer.model.parameters(), before, strict=True)
     )
 
-    trainer.take_step(make_step(), stop)
+    trainer.take_step(make_step())
     assert not torch.equal(trainer.model.table.weight, before[0])
 
 
 @pytest.mark.parametrize("name", ["norm.weight", "blocks.0.mlp.hidden.weight"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_fp16_overflow_in_one_optimizer_stops_the_others(stop, name, value):
+def test_fp16_overflow_in_one_optimizer_stops_the_others(name, value):
     torch.manual_seed(0)
     model = GPT(300, 8, 16, 2, 1)
     trainer = build(model, "muon", Schedule("constant", 0.1, 0.0, 0, 10), "fp16")
     before = [p.clone() for p in model.parameters()]
     model.get_parameter(name).register_hook(lambda gradient: gradient * value)
-    trainer.take_step(make_step(), stop)
+    trainer.take_step(make_step())
 
     assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
 
 
-def test_fp16_gives_up_when_scaling_does_not_help(stop):
+def test_fp16_gives_up_when_scaling_does_not_help():
     trainer = make_trainer(precision="fp16")
     trainer.model.table.weight.register_hook(lambda gradient: gradient * math.nan)
 
     with pytest.raises(TrainingError, match="not changed"):
-        [trainer.take_step(make_step(), stop) for _ in range(40)]
+        [trainer.take_step(make_step()) for _ in range(40)]
 
 
-def test_signal_drops_the_running_step(stop):
+def test_signal_drops_the_running_step():
     trainer = make_trainer()
-    trainer.take_step(make_step(), stop)
+    trainer.take_step(make_step())
     before = [p.clone() for p in trainer.model.parameters()]
     real = trainer.model.forward
 
@@ -196,8 +189,8 @@ def test_signal_drops_the_running_step(stop):
 
     trainer.model.forward = interrupt
 
-    with pytest.raises(Interrupted) as caught:
-        trainer.take_step(make_step(), stop)
+    with trainer.stoppable(), pytest.raises(Interrupted) as caught:
+        trainer.take_step(make_step())
 
     assert caught.value.number == signal.SIGTERM
     assert trainer.step == 1
@@ -216,42 +209,13 @@ def test_handlers_are_given_back():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-@pytest.mark.parametrize("steps", [range(0), range(1), range(3, 9)])
-def test_prefetch_keeps_order_and_loses_nothing(steps):
-    loaded = []
-
-    def load(number):
-        loaded.append(number)
-        return [(number, torch.tensor(number), torch.tensor(number))]
-
-    assert [step[0][0] for step in prefetch(load, steps, CPU)] == list(steps) == loaded
-
-
-def test_prefetch_is_one_step_ahead():
-    loaded = []
-    steps = prefetch(lambda number: loaded.append(number) or [], range(5), CPU)
-    next(steps)
-    steps.close()
-
-    assert loaded == [0, 1]
-
-
-def test_error_while_loading_is_not_lost():
-    def load(number):
-        raise OSError("disk")
-
-    with pytest.raises(OSError, match="disk"):
-        list(prefetch(load, range(3), CPU))
-
-
-def test_state_goes_out_and_in(stop):
+def test_state_goes_out_and_in():
     trainer, other = make_trainer(), make_trainer()
-    trainer.take_step(make_step(), stop)
-    load_weights(other.model.state_dict(), trainer.model.state_dict())
+    trainer.take_step(make_step())
     other.load_state_dict(copy.deepcopy(trainer.state_dict()))
 
     for each in (trainer, other):
-        each.take_step(make_step(first=3), stop)
+        each.take_step(make_step(first=3))
 
     assert other.step == 2
     for left, right in zip(trainer.model.parameters(), other.model.parameters(), strict=True):
@@ -358,7 +322,7 @@ def test_precision_on_a_cpu_goes_by_measurement(monkeypatch, bf16_rate, precisio
 @pytest.mark.parametrize(
     ("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 1e-3), ("fp16", 1e-3)]
 )
-def test_compiled_training_learns_what_the_plain_network_does(precision, tolerance, stop):
+def test_compiled_training_learns_what_the_plain_network_does(precision, tolerance):
     """100 updates of 2 micro-batches: Hugging Face's network, eager and in float32, beside ours."""
     ours, theirs = hugging_face_pair()
     ours.initialize()
@@ -389,7 +353,7 @@ def test_compiled_training_learns_what_the_plain_network_does(precision, toleran
 
         x, y = (torch.cat(part, dim=1) for part in (tokens[:-1], tokens[1:]))
         step = [(2 * number + i, x[4 * i :][:4], y[4 * i :][:4]) for i in range(2)]
-        loss, _ = trainer.take_step(step, stop)
+        loss, _ = trainer.take_step(step)
 
         expected = F.cross_entropy(theirs(x).logits.flatten(0, 1), y.flatten())
         expected.backward()
@@ -432,7 +396,7 @@ def test_freed_memory_is_kept():
     code = """
 import ctypes, resource, sys
 sys.path.insert(0, sys.argv[1])
-from system.devices import tune_memory
+from system.memory import tune_memory
 tune_memory()
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
@@ -459,7 +423,7 @@ print(faults, size // resource.getpagesize())
 def test_peak_memory_is_that_of_the_process_alone():
     """Launched, as from a notebook, by a process with a gigabyte of its own."""
     own = (
-        "import torch; from system import devices; print(devices.peak_memory(torch.device('cpu')))"
+        "import torch; from system import memory; print(memory.peak_memory(torch.device('cpu')))"
     )
     code = f"""
 import subprocess, sys

@@ -1,0 +1,197 @@
+"""A training script from its flags to its exit status: processes, device, locks, errors in a line.
+
+with Launch(parser, presets, argv) as job:
+    job.connect()
+    ...
+return job.status
+"""
+
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+from system.devices import DeviceError, own_device, resolve_device
+from system.distributed import ProcessError, World
+from system.memory import is_out_of_memory, peak_memory, tune_memory
+from system.signals import Interrupted
+from text.tokenizer import DataError
+from training.arguments import Parser, Settings, UsageError, fail
+from training.checkpoint import CheckpointError, CheckpointWriter, claimed
+from training.trainer import TrainingError
+
+# Their messages are one line for the user.
+EXPECTED = (DataError, DeviceError, TrainingError, CheckpointError, ProcessError, OSError)
+
+
+class Launch:
+    """Run the body of a script: what it raises becomes one line and an exit status.
+
+    Attributes:
+        settings: the flags as they were given.
+        world: the processes of the run; the only one until connect.
+        libraries: bytes of memory that the process had by then, before there was a model.
+        status: the exit status, 0 unless something was raised.
+
+    Raises:
+        SystemExit: at once, with status 2, when the command line cannot be read.
+    """
+
+    def __init__(self, parser: Parser, presets: dict[str, dict], argv: list[str] | None):
+        self.settings: Settings = parser.parse(argv, presets)
+        self.world = World()
+        self.libraries = 0
+        self.status = 0
+        self.stack = contextlib.ExitStack()
+
+    def __enter__(self) -> "Launch":
+        return self
+
+    def connect(self) -> World:
+        """Meet the other processes of the run, on the device that each has.
+
+        Raises:
+            UsageError: when flags, devices and processes do not fit together.
+            DeviceError, ProcessError: when there is no such device, or processes do not meet.
+        """
+        settings = self.settings
+        self.world = world = World.from_environment()
+
+        try:
+            device = resolve_device(settings.device if "device" in settings.given else None)
+            world.device = own_device(device, world)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+
+        if device.type == "cpu":
+            tune_memory()
+
+        world.sharding = settings.sharding
+        world.timeout = timedelta(minutes=settings.process_timeout)
+
+        # One process speaks for all.
+        if not world.is_first:
+            self.stack.enter_context(silenced())
+
+        world.connect()
+        world.check_same("The flags", shared_flags(settings))
+        self.libraries = peak_memory(device)
+
+        return world
+
+    def claim_outputs(self) -> CheckpointWriter:
+        """Prove that the files of the run can be written, and keep other runs off them.
+
+        Returns:
+            What writes the checkpoints of the run.
+
+        Raises:
+            CheckpointError: when they cannot be written, or another run writes them.
+        """
+        flags = ("checkpoint_path", "metrics_path") if self.world.is_first else ()
+        locks = [
+            self.stack.enter_context(claimed(Path(getattr(self.settings, flag)), f"--{flag}"))
+            for flag in flags
+        ]
+        writer = CheckpointWriter(Path(self.settings.checkpoint_path), locks)
+        self.stack.callback(wait_for_last_write, writer)
+
+        return writer
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool:
+        """Tell what went wrong, and leave; raise again what nobody expected."""
+        with self.stack:
+            try:
+                if error is None:
+                    self.world.disconnect()
+                    return False
+            except Exception as lost:
+                error = lost
+
+            self.status, message = self.explain(error)
+
+            if message and self.world.is_first_to_fail():
+                fail(message)
+
+            # Nothing is waited for that others would have to answer.
+            if self.world.size > 1 and dist.is_initialized():
+                try:
+                    self.stack.close()
+                    sys.stdout.flush()
+                finally:
+                    os._exit(self.status)
+
+        return True
+
+    def explain(self, error: BaseException) -> tuple[int, str]:
+        """Return the exit status and the line for what ended the script, empty for none.
+
+        Raises again what nobody expected.
+        """
+        world = self.world
+
+        if isinstance(error, Interrupted):
+            return 128 + error.number, ""
+
+        if isinstance(error, KeyboardInterrupt):
+            return 130, ""
+
+        if isinstance(error, UsageError):
+            return 2, str(error)
+
+        if isinstance(error, EXPECTED):
+            return 1, str(error)
+
+        if world.is_lost_process(error):
+            return 1, world.describe_lost_process(lambda: False)
+
+        if is_out_of_memory(error):
+            return (
+                1,
+                f"{world.device} is out of memory; lower --batch_size, or take a smaller model.",
+            )
+
+        if world.size == 1:
+            raise error
+
+        if world.is_first_to_fail():
+            traceback.print_exception(error)
+
+        return 1, ""
+
+
+@contextlib.contextmanager
+def silenced() -> Iterator[None]:
+    with open(os.devnull, "w") as silence, contextlib.redirect_stdout(silence):
+        yield
+
+
+def wait_for_last_write(writer: CheckpointWriter) -> None:
+    """Wait for a checkpoint that is being written; its failure is a note when others have asked."""
+    try:
+        writer.wait()
+    except CheckpointError as error:
+        tqdm.write(f"Note:   {error}", file=sys.stderr)
+
+
+def shared_flags(settings: Settings) -> dict:
+    """Return the arguments that have to be the same on all machines."""
+    own = ("device", "num_dataset_processes", "given")
+
+    return {
+        name: value
+        for name, value in vars(settings).items()
+        if name not in own and not name.endswith("_path")
+    }

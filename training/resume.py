@@ -1,0 +1,148 @@
+"""What a resumed run takes from its checkpoint, and what it refuses."""
+
+import secrets
+from collections.abc import Iterable
+from pathlib import Path
+
+from data import TrainingData
+from system.devices import PRECISIONS, resolve_precision
+from system.distributed import World
+from text.tokenizer import ENCODING
+from training.arguments import Settings, UsageError
+from training.checkpoint import CheckpointError, load_checkpoint
+from training.trainer import Trainer
+
+# What the checkpoint of any run holds: the script's own keys come on top.
+SHARED_KEYS = (
+    "optimizer",
+    "scaler",
+    "position",
+    "tokens",
+    "seed",
+    "precision",
+    "encoding",
+    "dataset",
+    "settings",
+    "metrics",
+    "epoch",
+)
+
+
+def settle(settings: Settings, world: World, keys: tuple[str, ...]) -> tuple[Settings, dict]:
+    """Read the checkpoint to resume from, and settle the choices that are open.
+
+    Args:
+        keys: what the checkpoint has to hold beside SHARED_KEYS.
+
+    Returns:
+        The settings, with a seed and a precision, and the checkpoint; empty for a new run.
+
+    Raises:
+        UsageError: when an update has no batch for every process.
+        CheckpointError: when the checkpoint cannot be read.
+    """
+    if settings.gradient_accumulation_steps < world.size:
+        raise UsageError(
+            f"--gradient_accumulation_steps must be at least {world.size}, one batch for each"
+            f" process; {settings.gradient_accumulation_steps} given"
+        )
+
+    path = Path(settings.checkpoint_path)
+
+    if not settings.resume and world.is_started_again():
+        settings = settings.replace(resume=bool(world.from_first(path.exists())))
+
+    checkpoint = {}
+
+    if settings.resume:
+        checkpoint = load_checkpoint(path, (*keys, *SHARED_KEYS), is_mapped=world.size > 1)
+
+    world.check_same("The checkpoints", checkpoint and (checkpoint["position"], checkpoint["seed"]))
+    seed, precision = settings.seed, settings.precision
+
+    if seed is None:
+        seed = checkpoint["seed"] if checkpoint else draw_seed(world)
+
+    if precision == "auto":
+        precision = checkpoint["precision"] if checkpoint else choose_precision(world)
+
+    return settings.replace(seed=seed, precision=precision), checkpoint
+
+
+def draw_seed(world: World) -> int:
+    return world.from_first(secrets.randbelow(2**31))
+
+
+def choose_precision(world: World) -> str:
+    """Return what is fast on the device of the first process, for all."""
+    names = list(PRECISIONS)
+    number = names.index(resolve_precision(world.device)) if world.is_first else 0
+
+    return names[world.from_first(number)]
+
+
+def check_resumable(
+    settings: Settings, checkpoint: dict, saved: dict, wanted: dict, free: Iterable[str]
+) -> None:
+    """Refuse to resume with what cannot change; say what else has changed.
+
+    Args:
+        saved: by the names of flags, what the checkpoint was made with, beside its settings.
+        wanted: what this run is to have.
+        free: the flags that may change.
+
+    Raises:
+        CheckpointError: with both values of everything that differs and may not.
+    """
+    saved = {
+        **checkpoint["settings"],
+        **saved,
+        "encoding": checkpoint["encoding"],
+        "seed": checkpoint["seed"],
+    }
+    wanted = {**wanted, "encoding": ENCODING, "seed": settings.seed}
+    changes = {
+        name: f"{name} {saved[name]} (saved) and {value} (given)"
+        for name, value in wanted.items()
+        if name in saved and saved[name] != value
+    }
+    refused = [text for name, text in changes.items() if name not in free]
+
+    if refused:
+        raise CheckpointError(
+            f"{settings.checkpoint_path} belongs to another run: {'; '.join(refused)}."
+            " Give the flags of that run, or leave out --resume to begin a new one."
+        )
+
+    for text in changes.values():
+        print(f"Changed: {text}")
+
+
+def is_finished(settings: Settings, checkpoint: dict) -> bool:
+    """Tell whether a resumed run has no epoch left, and say so."""
+    if not checkpoint or len(checkpoint["metrics"]) < settings.num_epochs:
+        return False
+
+    print(f"Nothing to do: all {settings.num_epochs} epochs are done (--num_epochs).")
+
+    return True
+
+
+def restore(trainer: Trainer, data: TrainingData, checkpoint: dict) -> None:
+    """Go back to a checkpoint, and free its memory; a new run has an empty one.
+
+    Raises:
+        CheckpointError: when the data are not those that the run began with.
+        TrainingError: when weights or optimizers are not those of this run.
+    """
+    if not checkpoint:
+        return
+
+    if data.fingerprint != checkpoint["dataset"]:
+        raise CheckpointError(
+            f"The data changed since the checkpoint was saved: {checkpoint['dataset']} then,"
+            f" {data.fingerprint} now. Restore the files, or leave out --resume to begin a new run."
+        )
+
+    trainer.load_state_dict(checkpoint)
+    checkpoint.clear()

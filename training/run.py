@@ -1,0 +1,272 @@
+"""A run under way: its epochs and updates, its tests, and what it saves and when.
+
+    with Run(settings, trainer, data, writer, record) as run:
+        for epoch in run.epochs():
+            for batches in run.updates(epoch):
+                trainer.update(batches)
+
+            run.finish(epoch)
+
+It saves at intervals, when a signal comes, when an update fails, and at the end.
+"""
+
+import contextlib
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from tqdm import tqdm
+
+from data import TrainingData
+from system.distributed import World, unshard
+from system.memory import is_out_of_memory, release
+from system.signals import Interrupted
+from text.tokenizer import ENCODING
+from training.arguments import Settings
+from training.checkpoint import FORMAT_VERSION, CheckpointWriter, set_aside
+from training.metrics import MetricsFile, describe_row, picture_path
+from training.trainer import MicroBatches, Trainer, TrainingError
+
+
+class Run:
+    """The epochs of a run that are left.
+
+    Args:
+        writer: of its checkpoints.
+        record: what a checkpoint holds beside the state of the trainer.
+
+    Raises:
+        Interrupted: on leaving, when a signal has come; all updates are saved.
+        TrainingError: when an update fails, or memory runs out; finished updates are saved.
+        LostProcessError: when another process is lost.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        trainer: Trainer,
+        data: TrainingData,
+        writer: CheckpointWriter,
+        record: dict,
+    ):
+        self.settings = settings
+        self.trainer = trainer
+        self.data = data
+        self.writer = writer
+        self.record = record
+        self.flops_per_token = trainer.model.flops_per_token(data.mean_length)
+        self.context = self.guarded()
+        # Of the first process, once it trains.
+        self.metrics: MetricsFile | None = None
+
+    @property
+    def world(self) -> World:
+        return self.trainer.world
+
+    def __enter__(self) -> "Run":
+        self.context.__enter__()
+
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool | None:
+        return self.context.__exit__(kind, error, trace)
+
+    @contextlib.contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Save what there is when the run ends early."""
+        self.set_earlier_run_aside()
+        self.world.note_beginning()
+
+        with self.trainer.stoppable():
+            try:
+                yield
+                self.finish_files()
+            except Interrupted:
+                self.save()
+                self.finish_files()
+                print(
+                    f"Stopped after update {self.trainer.step}; saved as {self.writer.path}."
+                    " --resume goes on there."
+                )
+                self.world.disconnect()
+                raise
+            except TrainingError:
+                self.save()
+                self.finish_files()
+                raise
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+
+                release(error)
+                raise TrainingError(self.advise_on_memory()) from None
+
+            # While signals wait: whoever ended of one now would count as lost to the others.
+            self.world.disconnect()
+
+    def set_earlier_run_aside(self) -> None:
+        table = Path(self.settings.metrics_path)
+
+        if self.settings.resume or not self.world.is_first:
+            return
+
+        if aside := set_aside(self.writer.path, table, picture_path(table)):
+            print(f"Kept:   an earlier run, as {aside}")
+
+    # --- Epochs and updates ---
+
+    def epochs(self) -> Iterator[int]:
+        """Yield the numbers of the epochs that are left, from 1."""
+        if self.world.is_first:
+            table = Path(self.settings.metrics_path)
+            self.metrics = MetricsFile(table, self.trainer.metrics, self.columns)
+
+        yield from range(len(self.trainer.metrics) + 1, self.settings.num_epochs + 1)
+
+    def updates(self, epoch: int) -> Iterator[MicroBatches]:
+        """Yield this process's micro-batches of each update that an epoch lacks.
+
+        Time between two of them counts as training.
+        """
+        trainer = self.trainer
+        updates = range(trainer.step, epoch * self.data.updates_per_epoch)
+        started = before = time.perf_counter()
+        tokens_before = trainer.tokens
+
+        with trainer.progress(updates, f"Epoch {epoch}", "step") as progress:
+            for batches in prefetch(self.data, updates, self.world):
+                yield batches
+
+                now = time.perf_counter()
+                trainer.seconds += now - before
+                before = now
+
+                rate = (trainer.tokens - tokens_before) / (now - started)
+                loss = trainer.last_loss
+                progress.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s", refresh=False)
+                progress.update()
+
+    def finish(self, epoch: int) -> None:
+        """Test, record and save at their intervals, and behind the last epoch."""
+        settings, trainer = self.settings, self.trainer
+        is_last = epoch == settings.num_epochs
+        losses = {}
+
+        if epoch % settings.eval_interval == 0 or is_last:
+            losses = trainer.test(self.data)
+
+        test_loss = self.data.mean_loss(losses) if losses else None
+        is_best = bool(losses) and test_loss < trainer.best_test_loss
+        by_source = {name: losses[name] for name in self.columns if losses}
+        row = trainer.finish_epoch(test_loss, self.flops_per_token, by_source)
+
+        if self.metrics:
+            self.writer.check_owner()
+            self.metrics.add(row)
+            tqdm.write(describe_row(row, settings.num_epochs))
+
+        is_due = epoch % settings.checkpoint_interval == 0 or is_best or is_last
+
+        # The first process alone knows; a save that has failed is made up for.
+        if self.world.max(is_due or self.writer.has_failed):
+            self.save(is_best)
+
+    @property
+    def columns(self) -> list[str]:
+        """The sources that have a test loss of their own: that of a single one is that of all."""
+        names = list(self.data.sources)
+
+        return names if len(names) > 1 else []
+
+    # --- What is saved ---
+
+    def save(self, is_best: bool = False) -> None:
+        """Put the state of all processes together; the first one writes it meanwhile."""
+        state = {
+            "format_version": FORMAT_VERSION,
+            "encoding": ENCODING,
+            **self.record,
+            **unshard(self.trainer.state_dict()),
+        }
+
+        if self.world.is_first:
+            self.writer.save(state, is_best)
+
+        # However long the one before takes, nobody counts as lost meanwhile.
+        self.world.wait_for_all()
+
+    def finish_files(self) -> None:
+        """Return when all that there is to keep is on the disk."""
+        if self.world.is_first:
+            self.writer.wait()
+
+        if self.metrics:
+            self.metrics.draw()
+
+        self.world.wait_for_all()
+
+    def advise_on_memory(self) -> str:
+        """Say which flags make a run fit that has run out of memory."""
+        settings, device = self.settings, self.world.device
+        problem = f"{device} is out of memory"
+        can_recompute = not getattr(settings, "activation_checkpointing", True)
+        recompute = ", or add --activation_checkpointing" if can_recompute else ""
+
+        # Where weights are sharded, no process can try anything alone. A system that runs out of
+        # memory ends the process that tries.
+        if self.world.has_sharded_weights or device.type == "cpu":
+            return (
+                f"{problem}; halve --batch_size, double --gradient_accumulation_steps{recompute}."
+            )
+
+        if size := self.trainer.fitting_batch_size(settings.batch_size):
+            batches = settings.gradient_accumulation_steps * settings.batch_size // size
+            flags = f"--batch_size={size} --gradient_accumulation_steps={batches}"
+
+            return f"{problem}; {flags} fits{recompute}."
+
+        return f"{problem} with a single window; take a smaller model{recompute}."
+
+
+def prefetch(data: TrainingData, updates: Iterable[int], world: World) -> Iterator[MicroBatches]:
+    """Yield the micro-batches of each update, loading the next while the last is worked on."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        pending: Future | None = None
+
+        for number in updates:
+            upcoming = pool.submit(load_update, data, number, world)
+
+            if pending is not None:
+                yield pending.result()
+
+            pending = upcoming
+
+        if pending is not None:
+            yield pending.result()
+
+
+def load_update(data: TrainingData, update: int, world: World) -> MicroBatches:
+    """Load those micro-batches of an update that are this process's part of it.
+
+    All processes get as many; what only fills up has no targets.
+    """
+    batches = []
+
+    for number, is_own in world.share(data.numbers(update)):
+        x, y = data.batch(number)
+        y = y if is_own else torch.full_like(y, -1)
+
+        if world.device.type == "cuda":
+            x, y = x.pin_memory(), y.pin_memory()
+
+        batches.append((number, x, y))
+
+    return batches
