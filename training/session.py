@@ -353,15 +353,10 @@ def claim(args: Namespace, world: World) -> Iterator[CheckpointWriter]:
     is_writer = world.is_first and not any(vars(args).get(f) for f in ("dry_run", "eval_only"))
 
     with contextlib.ExitStack() as stack:
-        owners = []
-
-        for flag in ("--checkpoint_path", "--metrics_path") if is_writer else ():
-            path = Path(getattr(args, flag[2:]))
-            owners.append(stack.enter_context(claimed(path, flag)))
-
-        writer = CheckpointWriter(
-            Path(args.checkpoint_path), lambda: all(is_owner() for is_owner in owners)
-        )
+        flags = ("--checkpoint_path", "--metrics_path") if is_writer else ()
+        paths = {flag: Path(getattr(args, flag[2:])) for flag in flags}
+        locks = [stack.enter_context(claimed(path, flag)) for flag, path in paths.items()]
+        writer = CheckpointWriter(Path(args.checkpoint_path), locks)
 
         try:
             yield writer
