@@ -167,7 +167,8 @@ def lock_output(path: Path, flag: str) -> Lock:
     """
 
     def report(holder: str) -> None:
-        print(f"Wait:   {path} is locked by {holder}; taken over after {PATIENCE:.0f} s of silence")
+        silence = f"{PATIENCE:.0f} s of silence"
+        print(f"Wait:   {path} is locked by {holder}; taken over after {silence}", flush=True)
 
     try:
         return Lock(lock_path(path), wait=False, on_wait=report)
