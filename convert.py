@@ -321,9 +321,8 @@ def new_folder(path: Path, flag: str) -> Iterator[Path]:
         ConversionError: when there is something at path already, or it cannot be written.
     """
     from interop.hugging_face import ConversionError
-    from system.files import lock_path, sync_folder, temporary_path
-    from system.locks import exclusive
-    from training.checkpoint import answers_to_holder
+    from system.files import sync_folder, temporary_path
+    from training.checkpoint import lock_output
 
     path = path.resolve()
     temporary = temporary_path(path)
@@ -332,7 +331,7 @@ def new_folder(path: Path, flag: str) -> Iterator[Path]:
         check_absent(path, flag)
         path.parent.mkdir(parents=True, exist_ok=True)
 
-        with exclusive(lock_path(path), *answers_to_holder(path, flag)):
+        with lock_output(path, flag):
             remove_left_over(temporary, flag)
             temporary.mkdir()
 

@@ -51,7 +51,7 @@ def measure_saving(trainer: Trainer, repeats: int) -> dict:
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "checkpoint.pt"
-        writer = CheckpointWriter(path, lambda: True)
+        writer = CheckpointWriter(path)
 
         for _ in range(repeats + 1):
             times["plain"].append(seconds(save_plainly, Path(folder) / "plain.pt", state))

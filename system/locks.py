@@ -1,7 +1,7 @@
-"""A lock between processes on any file system: its holder writes its name and shows signs of life.
+"""A lock between processes on any file system: a file that its holder creates and keeps touching.
 
-The lock is a file that only one process can create. It needs no locking by the system, which
-network file systems may answer without doing it.
+Only one process can create the file. The file locks of the system are not used, because a network
+file system may grant them without locking anything.
 """
 
 import contextlib
@@ -11,200 +11,182 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-# Seconds between two signs of life, and of silence after which a holder counts as dead.
+# Seconds between two touches of a held lock.
 HEARTBEAT = 5.0
+# Seconds without a touch after which a holder on another machine counts as dead.
 PATIENCE = 60.0
+# Seconds between two looks at a lock that another process holds.
 POLL = 0.2
 
 
-@contextlib.contextmanager
-def exclusive(
-    path: Path, waiting: Callable[[str], None], living: Callable[[str], None] = lambda holder: None
-) -> Iterator[Callable[[], bool]]:
-    """Hold the lock at path; wait while another process does, unless that one is dead.
+class HeldError(Exception):
+    """A living process holds the lock; the message is its name."""
+
+
+class Lock:
+    """Take the lock at path, as open() opens a file; leaving the context gives it back.
+
+    The lock of a dead process of this machine is taken over at once. A holder on another machine
+    counts as dead when the own clock has run for PATIENCE seconds without seeing a touch.
 
     Args:
-        waiting: is called once, with the name of the holder, before waiting.
-        living: is called with that name once the holder surely is alive; what it raises ends the
-            waiting.
-
-    Yields:
-        A function that tells whether the lock is held still: who is silent for long may lose it.
+        wait: whether to wait for a living holder.
+        on_wait: is called once, with the name of the holder, before waiting.
 
     Raises:
+        HeldError: when a holder is alive and wait is False.
         OSError: when the lock cannot be written.
     """
-    token = {
-        "host": host_name(),
-        "process": os.getpid(),
-        "started": state_and_start(os.getpid())[1],
-        "token": uuid.uuid4().hex,
-    }
-    acquire(path, token, waiting, living)
-    stop = threading.Event()
-    thread = threading.Thread(target=show_life, args=(path, token, stop), daemon=True)
-    thread.start()
 
-    try:
-        # What cannot be read, or was deleted, has not been taken by anybody.
-        yield lambda: read(path) in (token, None)
-    finally:
-        stop.set()
-        thread.join()
+    def __init__(
+        self, path: Path, wait: bool = True, on_wait: Callable[[str], None] = lambda holder: None
+    ):
+        self.path = path
+        self.record = {
+            "host": host_name(),
+            "process": os.getpid(),
+            "started": start_of(os.getpid()),
+            "token": uuid.uuid4().hex,
+        }
+        self.acquire(wait, on_wait)
+        self.is_released = threading.Event()
+        self.heartbeat = threading.Thread(target=self.keep_alive, daemon=True)
+        self.heartbeat.start()
 
-        if read(path) == token:
-            path.unlink(missing_ok=True)
+    def acquire(self, wait: bool, on_wait: Callable[[str], None]) -> None:
+        seen, since, is_waiting = (None, None), 0.0, False
 
+        while not self.create():
+            found = holder, _ = look(self.path)
+            alive = is_alive(holder)
 
-def acquire(
-    path: Path, token: dict, waiting: Callable[[str], None], living: Callable[[str], None]
-) -> None:
-    watched, since, is_told = None, 0.0, False
+            if found != seen:
+                # A touch by the same holder is a sign of life from any machine.
+                if alive is None and holder and holder == seen[0]:
+                    alive = True
 
-    while not create(path, token):
-        holder, beat = read(path), last_beat(path)
-        lives = is_alive(holder)
+                seen, since = found, time.monotonic()
 
-        if (holder, beat) != watched:
-            lives = lives or (watched is not None and holder is not None and holder == watched[0])
-            watched, since = (holder, beat), time.monotonic()
+            # A stopped process of this machine touches nothing, but it is alive.
+            if alive is False or (alive is None and time.monotonic() - since > PATIENCE):
+                remove(self.path, found)
+                continue
 
-        is_silent = time.monotonic() - since > PATIENCE
+            if alive and not wait:
+                raise HeldError(describe(holder))
 
-        if is_dead(holder) or (is_silent and not is_alive(holder)):
-            take_away(path, holder)
-            continue
+            if not is_waiting:
+                on_wait(describe(holder))
+                is_waiting = True
 
-        if lives:
-            living(describe(holder))
-
-        if not is_told:
-            waiting(describe(holder))
-            is_told = True
-        else:
             time.sleep(POLL)
 
+    def create(self) -> bool:
+        """Create the file; return False when it is there already."""
+        try:
+            file = open(self.path, "x")  # noqa: SIM115
+        except FileExistsError:
+            return False
 
-def create(path: Path, token: dict) -> bool:
-    """Create the lock unless it is there; return whether it was not."""
-    try:
-        file = open(path, "x")  # noqa: SIM115
-    except FileExistsError:
-        return False
+        try:
+            with file:
+                json.dump(self.record, file)
+        except OSError:
+            self.path.unlink(missing_ok=True)
+            raise
 
-    try:
-        with file:
-            json.dump(token, file)
-    except OSError:
-        path.unlink(missing_ok=True)
-        raise
+        return True
 
-    return True
+    def keep_alive(self) -> None:
+        while not self.is_released.wait(HEARTBEAT):
+            if look(self.path)[0] == self.record:
+                with contextlib.suppress(OSError):
+                    os.utime(self.path)
+
+    def is_held(self) -> bool:
+        """Tell whether no other process has taken the lock; deleting its file does not take it."""
+        return look(self.path)[0] in (self.record, None)
+
+    def __enter__(self) -> "Lock":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.is_released.set()
+        self.heartbeat.join()
+
+        if look(self.path)[0] == self.record:
+            self.path.unlink(missing_ok=True)
 
 
-def take_away(path: Path, holder: dict | None) -> None:
-    """Remove the lock of a dead holder; of several processes that try, only one does."""
-    breaking = path.with_name(f"{path.name}.breaking")
-
-    try:
-        breaking.mkdir()
-    except FileExistsError:
-        # Whoever made it removes it at once, or died in between.
-        with contextlib.suppress(OSError):
-            if time.time() - breaking.stat().st_mtime > PATIENCE:
-                breaking.rmdir()
-
-        time.sleep(POLL)
-        return
-
-    try:
-        if read(path) == holder:
+def remove(path: Path, found: tuple) -> None:
+    """Remove the lock of a dead holder, unless it is another one than look() found before."""
+    with Lock(path.with_name(f"{path.name}.breaking")):
+        if look(path) == found:
             path.unlink(missing_ok=True)
-    finally:
-        breaking.rmdir()
 
 
-def read(path: Path) -> dict | None:
-    """Return who holds a lock; None where that cannot be read."""
-    try:
+def look(path: Path) -> tuple[dict | None, int | None]:
+    """Return who holds a lock, and when the file was touched; each is None if unreadable."""
+    holder = touched = None
+
+    # A network file system asks its server for the time when a file is opened.
+    with contextlib.suppress(OSError, ValueError):
         holder = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
 
-    return holder if isinstance(holder, dict) and {"host", "process"} <= holder.keys() else None
+    with contextlib.suppress(OSError):
+        touched = path.stat().st_mtime_ns
 
+    is_known = isinstance(holder, dict) and isinstance(holder.get("host"), str)
 
-def last_beat(path: Path) -> int | None:
-    try:
-        return path.stat().st_mtime_ns
-    except OSError:
-        return None
+    return holder if is_known and isinstance(holder.get("process"), int) else None, touched
 
 
-def show_life(path: Path, token: dict, stop: threading.Event) -> None:
-    while not stop.wait(HEARTBEAT):
-        if read(path) == token:
-            with contextlib.suppress(OSError):
-                os.utime(path)
-
-
-def is_dead(holder: dict | None) -> bool:
-    """Tell whether a holder surely was a process of this machine and is no more."""
+def is_alive(holder: dict | None) -> bool | None:
+    """Tell whether a process of this machine has not ended; None where that is unknown."""
     if holder is None or holder["host"] != host_name():
-        return False
+        return None
+
+    if started := start_of(holder["process"]):
+        # Otherwise another process has its number by now.
+        return started == holder.get("started")
 
     try:
         os.kill(holder["process"], 0)
     except ProcessLookupError:
-        return True
-    except OSError:
         return False
+    except PermissionError:
+        # A process of another user.
+        pass
 
-    state, started = state_and_start(holder["process"])
-
-    # It has ended, though nobody has asked how: in many containers nobody ever does.
-    if state in ("Z", "X"):
-        return True
-
-    # Another process may have its number by now, or this one.
-    has_number_only = holder.get("started") != started
-
-    return has_number_only if started else holder["process"] == os.getpid()
+    # Where no start is known, another process may have its number.
+    return True if holder.get("started") else None
 
 
-def is_alive(holder: dict | None) -> bool:
-    """Tell whether a holder surely is a process of this machine, working, waiting or stopped."""
-    return (
-        holder is not None
-        and holder["host"] == host_name()
-        and not is_dead(holder)
-        and holder.get("started") is not None
-    )
-
-
-def state_and_start(process: int) -> tuple[str | None, str | None]:
-    """Return the state of a process, Z for one that has ended, and when it was started.
-
-    The time is in ticks of its machine; both are None where they are not told.
-    """
+def start_of(process: int) -> str | None:
+    """Return when a process was started, in ticks of its machine; None where that is unknown."""
     try:
         # Behind the name, which may hold anything but ends with the last bracket.
-        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        status = Path(f"/proc/{process}/stat").read_text(errors="replace")
+        state, *fields = status.rpartition(")")[2].split()
 
-        return fields[0], fields[19]
-    except (OSError, IndexError):
-        return None, None
+        # A zombie has ended, though in many containers it stays as long as they run.
+        return "ended" if state in ("Z", "X") else fields[18]
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 def describe(holder: dict | None) -> str:
-    return f"process {holder['process']} on {holder['host'].split('/')[0]}" if holder else "another"
+    if holder is None:
+        return "another process"
+
+    return f"process {holder['process']} on {holder['host'].split('/')[0]}"
 
 
 def host_name() -> str:
-    """Name the machine, its last start and the container: where a process number means the same."""
+    """Name where a process number means one process: the machine, its last start, the container."""
     parts = [socket.gethostname()]
 
     with contextlib.suppress(OSError):

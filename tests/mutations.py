@@ -358,8 +358,8 @@ MUTATIONS = [
         "Two runs on one path",
         ("test_pre_train", "second_run"),
         "training/checkpoint.py",
-        "exclusive(lock_path(path), *answers_to_holder(path, flag))",
-        "exclusive(path.with_suffix(f'.{os.urandom(4).hex()}'), *answers_to_holder(path, flag))",
+        "Lock(lock_path(path), wait",
+        "Lock(path.with_suffix(f'.{os.urandom(4).hex()}'), wait",
         "both write the same files",
     ),
     Mutation(
@@ -529,8 +529,8 @@ MUTATIONS = [
         "Several processes prepare at once",
         ("text/test_preparation", "several_processes_at_once"),
         "system/locks.py",
-        '        file = open(path, "x")',
-        '        file = open(path, "w")',
+        'file = open(self.path, "x")',
+        'file = open(self.path, "w")',
         "all of them write the same files",
     ),
     Mutation(

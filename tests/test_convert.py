@@ -28,7 +28,7 @@ from inference.decoding import generate
 from inference.sampling import Sampler
 from interop import hugging_face
 from model import GPT
-from system.locks import exclusive
+from system.locks import Lock
 from text.instructions import format_prompt, turns_of
 from text.tokenizer import END_OF_TEXT, load_encoding
 from training.checkpoint import (
@@ -887,8 +887,8 @@ def test_without_safetensors_one_line_says_how_to_get_it(refused, tmp_path, sour
 def test_one_process_at_a_time_writes_a_folder(refused, tmp_path):
     write_checkpoint(tmp_path / "out" / "checkpoint.pt")
 
-    with exclusive(tmp_path / "new.lock", print):
-        assert "is writing" in refused("--to_hugging_face=new")
+    with Lock(tmp_path / "new.lock"):
+        assert "is being written by" in refused("--to_hugging_face=new")
 
 
 FAST = "from text import hub; hub.RETRY_PAUSES = hub.FIRST_RETRY_PAUSES = (0.01, 0.02)"

@@ -29,7 +29,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from system.files import write_whole
-from system.locks import exclusive
+from system.locks import Lock
 from text.hub import DamagedDownloadError, HubDataset
 from text.parts import JoinedFiles, Journal, PartWriter
 from text.sources import Listing, Reader, StandardLibrary, TextFiles
@@ -130,20 +130,20 @@ def prepare(source: Source, folder: Path, num_processes: int) -> None:
     """
     parts = folder / f"{source.name}.parts"
 
-    def tell(holder: str) -> None:
+    def report(holder: str) -> None:
         print(f"Note:   {source.name} is being prepared by {holder}; waiting for it", flush=True)
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
 
-        with exclusive(folder / f"{source.name}.lock", tell) as is_held:
+        with Lock(folder / f"{source.name}.lock", on_wait=report) as lock:
             if not is_prepared(source, folder):
                 tell_change(source, folder)
                 shutil.rmtree(finished_path(parts), ignore_errors=True)
                 parts.mkdir(exist_ok=True)
                 prepare_parts(source, parts, num_processes)
 
-                if not is_held():
+                if not lock.is_held():
                     raise DataError(f"{source.name}: another process has taken this over.")
 
                 publish(parts, folder, source.name)

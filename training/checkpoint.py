@@ -12,7 +12,7 @@ import os
 import struct
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from os import PathLike
 from pathlib import Path
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from model import GPT
 from system.files import duplicate, lock_path, replaced, sync, temporary_path
-from system.locks import exclusive
+from system.locks import PATIENCE, HeldError, Lock
 from system.memory import available_memory, num_bytes
 from text.tokenizer import ENCODING
 from training.lora import merge_lora
@@ -44,10 +44,10 @@ class CheckpointWriter:
     """Writes the checkpoints of a run behind its next steps, one after the other.
 
     Args:
-        locks: of the files of the run; without any they are its own.
+        locks: of the files of the run.
     """
 
-    def __init__(self, path: Path, locks: Sequence[Callable[[], bool]] = ()):
+    def __init__(self, path: Path, locks: Sequence[Lock] = ()):
         self.path = path
         self.locks = locks
         self.executor = ThreadPoolExecutor(max_workers=1)
@@ -76,10 +76,10 @@ class CheckpointWriter:
 
     def check_owner(self) -> None:
         """Raise CheckpointError when another run has taken over the files of this one."""
-        if not all(is_held() for is_held in self.locks):
+        if not all(lock.is_held() for lock in self.locks):
             raise CheckpointError(
-                f"{self.path} belongs to another run by now: this one was silent for too long, as"
-                " on a machine that sleeps, and was taken for dead."
+                f"{self.path} now belongs to another run: this run lost its lock, with no"
+                f" heartbeat for {PATIENCE:.0f} s, as on a machine that sleeps."
             )
 
     @property
@@ -129,17 +129,14 @@ def best_path(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def claimed(path: Path, flag: str) -> Iterator[Callable[[], bool]]:
+def claimed(path: Path, flag: str) -> Iterator[Lock]:
     """Hold the lock of an output file, and prove that it can be written.
 
     Args:
         flag: that named it.
 
-    Yields:
-        A function that tells whether the lock is held still.
-
     Raises:
-        CheckpointError: when it cannot be written, or another process does.
+        CheckpointError: when it cannot be written, or another process is writing it.
     """
     with contextlib.ExitStack() as stack:
         with reported_errors(path):
@@ -147,8 +144,7 @@ def claimed(path: Path, flag: str) -> Iterator[Callable[[], bool]]:
                 raise IsADirectoryError(errno.EISDIR, "Is a directory")
 
             path.parent.mkdir(parents=True, exist_ok=True)
-            lock = exclusive(lock_path(path), *answers_to_holder(path, flag))
-            is_owner = stack.enter_context(lock)
+            lock = stack.enter_context(lock_output(path, flag))
             # Not before: another run may be writing under this name.
             temporary_path(path).write_bytes(b"")
 
@@ -156,21 +152,30 @@ def claimed(path: Path, flag: str) -> Iterator[Callable[[], bool]]:
             for name in (path, previous_path(path), best_path(path)):
                 temporary_path(name).unlink(missing_ok=True)
 
-        yield is_owner
+        yield lock
 
 
-def answers_to_holder(path: Path, flag: str) -> tuple[Callable[[str], None], Callable[[str], None]]:
-    """Return what is done while another process holds the lock of a path, dead or living."""
+def lock_output(path: Path, flag: str) -> Lock:
+    """Take the lock of an output path.
 
-    def wait(holder: str) -> None:
-        print(f"Wait:   {path} is held by {holder}; it is dead if it is silent for a minute")
+    Args:
+        flag: that named it.
 
-    def refuse(holder: str) -> None:
+    Raises:
+        CheckpointError: when another process is writing it.
+        OSError: when the lock cannot be written.
+    """
+
+    def report(holder: str) -> None:
+        silence = f"{PATIENCE:.0f} s of silence"
+        print(f"Wait:   {path} is locked by {holder}; taken over after {silence}", flush=True)
+
+    try:
+        return Lock(lock_path(path), wait=False, on_wait=report)
+    except HeldError as error:
         raise CheckpointError(
-            f"{holder[0].upper()}{holder[1:]} is writing {path}; end it, or choose another {flag}."
-        )
-
-    return wait, refuse
+            f"{path} is being written by {error}; end it, or choose another {flag}."
+        ) from error
 
 
 @contextlib.contextmanager

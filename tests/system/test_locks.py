@@ -1,5 +1,7 @@
 """The lock between processes: one holds it, the dead hold nothing."""
 
+import errno
+import itertools
 import json
 import multiprocessing
 import os
@@ -12,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from system import locks
-from system.locks import exclusive
+from system.locks import HeldError, Lock
 
 
 def refuse_to_wait(holder: str) -> None:
@@ -30,7 +32,7 @@ def write_lock(path: Path, **changes) -> dict:
     holder = {
         "host": locks.host_name(),
         "process": os.getppid(),
-        "started": locks.state_and_start(os.getppid())[1],
+        "started": locks.start_of(os.getppid()),
         "token": "theirs",
         **changes,
     }
@@ -42,15 +44,30 @@ def write_lock(path: Path, **changes) -> dict:
 def test_the_lock_is_there_while_it_is_held_and_no_longer(tmp_path):
     path = tmp_path / "lock"
 
-    with exclusive(path, refuse_to_wait):
+    with Lock(path, on_wait=refuse_to_wait):
         assert json.loads(path.read_text())["process"] == os.getpid()
 
     assert not list(tmp_path.iterdir())
 
 
 def test_the_lock_is_given_back_after_an_error(tmp_path):
-    with pytest.raises(KeyError), exclusive(tmp_path / "lock", refuse_to_wait):
+    with pytest.raises(KeyError), Lock(tmp_path / "lock", on_wait=refuse_to_wait):
         raise KeyError
+
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_that_cannot_be_written_is_not_left_half_written(tmp_path, monkeypatch):
+    def fill_the_disk(*_) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(FileNotFoundError):
+        Lock(tmp_path / "missing" / "lock")
+
+    monkeypatch.setattr(locks.json, "dump", fill_the_disk)
+
+    with pytest.raises(OSError, match="No space"):
+        Lock(tmp_path / "lock")
 
     assert not list(tmp_path.iterdir())
 
@@ -66,7 +83,7 @@ def test_the_lock_is_given_back_after_an_error(tmp_path):
 def test_the_lock_of_a_dead_process_is_taken_over(tmp_path, changes):
     write_lock(tmp_path / "lock", **changes)
 
-    with exclusive(tmp_path / "lock", refuse_to_wait):
+    with Lock(tmp_path / "lock", on_wait=refuse_to_wait):
         pass
 
     assert not list(tmp_path.iterdir())
@@ -75,25 +92,62 @@ def test_the_lock_of_a_dead_process_is_taken_over(tmp_path, changes):
 def test_a_process_that_has_ended_holds_nothing_though_nobody_asked_how(tmp_path):
     """As where the first process of a container waits for none."""
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    write_lock(
-        tmp_path / "lock", process=process.pid, started=locks.state_and_start(process.pid)[1]
-    )
+    started = locks.start_of(process.pid)
+    write_lock(tmp_path / "lock", process=process.pid, started=started)
     process.stdin.close()
 
-    while locks.state_and_start(process.pid)[0] != "Z":
+    while locks.start_of(process.pid) == started:
         pass
 
-    with exclusive(tmp_path / "lock", refuse_to_wait):
+    with Lock(tmp_path / "lock", on_wait=refuse_to_wait):
         pass
 
     process.wait()
+
+
+def test_a_process_whose_name_is_no_text_has_a_start():
+    """Linux takes any bytes as a name."""
+    name = r"open('/proc/self/comm', 'wb').write(b'\xff) (')"
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"{name}; print(flush=True); input()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    process.stdout.readline()
+
+    assert int(locks.start_of(process.pid)) >= int(locks.start_of(os.getpid()))
+
+    process.communicate()
+
+
+def test_a_process_that_died_while_it_took_a_lock_over_stops_nobody(tmp_path):
+    write_lock(tmp_path / "lock", process=dead_process())
+    write_lock(tmp_path / "lock.breaking", process=dead_process())
+
+    with Lock(tmp_path / "lock", on_wait=refuse_to_wait):
+        pass
+
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_that_is_being_written_is_not_taken_for_the_broken_one_before_it(tmp_path):
+    """Two processes have watched the same broken lock; the first has just taken it over."""
+    path = tmp_path / "lock"
+    path.touch()
+    os.utime(path, ns=(1, 1))
+    found = locks.look(path)
+    path.unlink()
+    path.touch()
+    locks.remove(path, found)
+
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def count_up(path: Path, counter: Path, barrier, num_turns: int) -> None:
     barrier.wait()
 
     for _ in range(num_turns):
-        with exclusive(path, lambda _: None):
+        with Lock(path):
             number = int(counter.read_text())
             time.sleep(0)
             counter.write_text(str(number + 1))
@@ -145,7 +199,7 @@ def test_a_holder_on_another_machine_is_believed_while_it_shows_life(tmp_path, m
     monkeypatch.setattr(locks.time, "sleep", beat)
     told = []
 
-    with exclusive(path, told.append):
+    with Lock(path, on_wait=told.append):
         assert json.loads(path.read_text()) != holder
 
     assert beats >= 100 + locks.PATIENCE - 5
@@ -167,14 +221,8 @@ def test_who_will_not_wait_is_told_when_the_holder_lives(tmp_path, monkeypatch, 
 
     monkeypatch.setattr(locks.time, "sleep", poll)
 
-    def refuse(name: str) -> None:
-        raise KeyError(name)
-
-    with (
-        pytest.raises(KeyError, match=f"process {holder['process']} on"),
-        exclusive(path, lambda _: None, refuse),
-    ):
-        pass
+    with pytest.raises(HeldError, match=f"^process {holder['process']} on"):
+        Lock(path, wait=False)
 
     assert len(polls) == (5 if host else 0)
     assert json.loads(path.read_text()) == holder
@@ -196,34 +244,41 @@ def test_a_holder_on_this_machine_that_is_stopped_is_waited_for(tmp_path, monkey
 
     monkeypatch.setattr(locks.time, "sleep", poll)
 
-    with exclusive(path, lambda _: None):
+    with Lock(path):
         assert polls == [holder] * 50
 
 
 def test_who_has_lost_the_lock_can_tell(tmp_path):
-    with exclusive(tmp_path / "lock", refuse_to_wait) as is_held:
-        assert is_held()
+    with Lock(tmp_path / "lock", on_wait=refuse_to_wait) as lock:
+        assert lock.is_held()
         # Nobody has taken what was deleted.
         (tmp_path / "lock").unlink()
-        assert is_held()
+        assert lock.is_held()
         write_lock(tmp_path / "lock")
-        assert not is_held()
+        assert not lock.is_held()
 
 
-@pytest.mark.parametrize("content", ["", "[]", "5", "{}", '{"host": "a"}', "no JSON"])
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "5", "{}", '{"host": "a"}', '{"host": 1, "process": 1}', "no JSON"],
+)
 def test_a_lock_that_is_none_is_taken_over_once_it_is_old(tmp_path, monkeypatch, content):
-    monkeypatch.setattr(locks, "PATIENCE", 0)
+    clock = itertools.count()
+    monkeypatch.setattr(locks, "PATIENCE", 1)
+    monkeypatch.setattr(locks, "POLL", 0)
+    monkeypatch.setattr(locks.time, "monotonic", lambda: next(clock))
     (tmp_path / "lock").write_text(content)
+    told = []
 
-    with exclusive(tmp_path / "lock", lambda _: None):
-        pass
+    with Lock(tmp_path / "lock", on_wait=told.append):
+        assert told == ["another process"]
 
 
 def test_a_holder_shows_life(tmp_path, monkeypatch):
     monkeypatch.setattr(locks, "HEARTBEAT", 0.001)
     path = tmp_path / "lock"
 
-    with exclusive(path, refuse_to_wait):
+    with Lock(path, on_wait=refuse_to_wait):
         os.utime(path, ns=(0, 0))
 
         while not path.stat().st_mtime_ns:
@@ -233,7 +288,7 @@ def test_a_holder_shows_life(tmp_path, monkeypatch):
 def test_a_holder_that_was_taken_for_dead_leaves_the_new_lock_alone(tmp_path):
     path = tmp_path / "lock"
 
-    with exclusive(path, refuse_to_wait):
+    with Lock(path, on_wait=refuse_to_wait):
         theirs = write_lock(path)
 
     assert json.loads(path.read_text()) == theirs
@@ -246,7 +301,7 @@ sys.path.insert(0, {str(Path(locks.__file__).parent.parent)!r})
 from pathlib import Path
 import signal
 from system import locks
-with locks.exclusive(Path({str(tmp_path / "lock")!r}), print):
+with locks.Lock(Path({str(tmp_path / "lock")!r})):
     print("held", flush=True)
     signal.pause()
 """
@@ -255,5 +310,5 @@ with locks.exclusive(Path({str(tmp_path / "lock")!r}), print):
     process.send_signal(signal.SIGKILL)
     process.wait()
 
-    with exclusive(tmp_path / "lock", refuse_to_wait):
+    with Lock(tmp_path / "lock", on_wait=refuse_to_wait):
         pass

@@ -459,7 +459,7 @@ def test_who_waits_for_another_process_says_so(text_folder, tmp_path, monkeypatc
     owner = {
         "host": locks.host_name(),
         "process": os.getppid(),
-        "started": locks.state_and_start(os.getppid())[1],
+        "started": locks.start_of(os.getppid()),
     }
     lock.write_text(json.dumps(owner))
     said, told = [], threading.Event()

@@ -307,7 +307,7 @@ def test_earlier_run_is_set_aside(path):
 
 @pytest.fixture
 def writer(path):
-    writer = CheckpointWriter(path, lambda: True)
+    writer = CheckpointWriter(path)
     yield writer
     writer.executor.shutdown()
 
@@ -449,7 +449,7 @@ def wait(*_):
     begun.set()
     threading.Event().wait()
 os.fsync = wait
-writer = checkpoint.CheckpointWriter(Path({str(path)!r}), lambda: True)
+writer = checkpoint.CheckpointWriter(Path({str(path)!r}))
 writer.save({{"format_version": 1, "model": {{}}, "position": 2}})
 begun.wait()
 os.kill(os.getpid(), signal.SIGKILL)
