@@ -84,10 +84,10 @@ def run(script, checkpoint, capsys, monkeypatch, tmp_path):
 
 def tokens_of(script, monkeypatch, tokens: list[list[int]]) -> None:
     """Let the network choose given tokens, a list for each step."""
-    import model
+    from inference import decoding
 
     steps = [torch.tensor(step) for step in tokens]
-    monkeypatch.setattr(model, "generate", lambda *_: iter(steps))
+    monkeypatch.setattr(decoding, "generate", lambda *_: iter(steps))
 
 
 FAST = ("--precision=fp32", "--max_tokens=8", "--seed=3")
@@ -564,12 +564,12 @@ def test_an_adapter_that_was_asked_for_has_to_be_there(run):
 
 
 def test_out_of_memory_is_one_line(run, monkeypatch):
-    import model
+    from inference import decoding
 
     def fail(*_):
         raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr(model, "generate", fail)
+    monkeypatch.setattr(decoding, "generate", fail)
     status, _, errors = run("--prompt=a")
 
     assert status == 1

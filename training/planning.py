@@ -250,6 +250,7 @@ def estimate(
         libraries: as for make_plan.
         is_chosen: whether the precision is what `--precision=auto` takes.
     """
+    num_left = num_updates(settings) - trainer.step
     plan = make_plan(trainer, corpus, libraries)
     epochs = range(len(trainer.metrics) + 1, settings.num_epochs + 1)
     is_last = settings.num_epochs
@@ -262,7 +263,7 @@ def estimate(
         is_chosen,
         settings.batch_size,
         tokens_per_update(settings),
-        num_updates(settings) - trainer.step,
+        num_left,
         num_tests * math.ceil(num_batches / trainer.world.size),
     )
 

@@ -15,6 +15,7 @@ import torch
 from conftest import ROOT, finish, launch
 from faults import claim, files_in
 
+from data import Corpus
 from training import checkpoint
 from training.checkpoint import (
     CheckpointError,
@@ -186,7 +187,8 @@ def test_version_1_is_read(version_1):
 def test_version_1_is_gone_on_with(version_1, pre_train, small, monkeypatch, capsys):
     model_path, _ = version_1
     # Text is told apart by its place, which is another one here.
-    monkeypatch.setattr(pre_train, "check_same_data", lambda found, saved: None)
+    saved = torch.load(model_path, weights_only=True)["dataset"]
+    monkeypatch.setattr(Corpus, "fingerprint", saved)
     flags = ["--block_size=64", "--embedding_dimensions=4", "--num_hidden_layers=1"]
     argv = small(*flags, "--dropout=0.1", f"--checkpoint_path={model_path}", "--resume")
 

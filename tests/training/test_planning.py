@@ -179,10 +179,10 @@ def test_dry_run_of_a_resumed_run_counts_what_is_left(
 
 MEASURE = """
 import atexit, torch
-from system import devices
+from system import memory
 from training import planning
 planning.TIMED_SECONDS = 0.0
-atexit.register(lambda: print(devices.peak_memory(torch.device("cpu"))))
+atexit.register(lambda: print(memory.peak_memory(torch.device("cpu"))))
 """
 
 

@@ -422,9 +422,7 @@ print(faults, size // resource.getpagesize())
 
 def test_peak_memory_is_that_of_the_process_alone():
     """Launched, as from a notebook, by a process with a gigabyte of its own."""
-    own = (
-        "import torch; from system import memory; print(memory.peak_memory(torch.device('cpu')))"
-    )
+    own = "import torch; from system import memory; print(memory.peak_memory(torch.device('cpu')))"
     code = f"""
 import subprocess, sys
 held = b"x" * (1 << 30)
