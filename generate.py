@@ -108,8 +108,6 @@ def main(argv: list[str] | None = None) -> int:
     from text.tokenizer import DataError
     from training.checkpoint import CheckpointError
 
-    speaker = None
-
     try:
         device = resolve_device(args.device if "device" in args.given else None)
         speaker = Speaker(args, device, "lora_path" in args.given)
@@ -127,27 +125,14 @@ def main(argv: list[str] | None = None) -> int:
         if not is_out_of_memory(error):
             raise
 
-        return fail(advise_on_memory(error, speaker, device))
+        cure = "lower --num_samples, or take a smaller model"
+
+        return fail(f"{device} is out of memory; {cure}.")
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
 
     return 0
-
-
-def advise_on_memory(error: Exception, speaker: "Speaker | None", device) -> str:
-    """Say what fits where memory has run out."""
-    from system.memory import release
-
-    release(error)
-    # A system that runs out of memory ends the process that tries.
-    if device.type == "cpu":
-        return "cpu is out of memory; lower --num_samples, or take a smaller model."
-
-    if fitting := speaker and speaker.fitting_num_samples():
-        return f"{device} is out of memory; --num_samples={fitting} fits."
-
-    return f"{device} is out of memory with one text already; take a smaller model or --device=cpu."
 
 
 class Speaker:
@@ -208,24 +193,6 @@ class Speaker:
             f" tokens/s, the first after {first_after:.2f} s"
         )
         self.num_answers += 1
-
-    def fitting_num_samples(self) -> int | None:
-        """Return a lower number of texts that memory holds, found by trying; None without any."""
-        import torch
-
-        from inference.decoding import generate
-        from inference.sampling import Sampler
-        from system.memory import first_that_fits
-
-        def attempt(number: int) -> None:
-            # From almost at the end of the context to beyond it.
-            size = max(1, self.model.block_size - 2)
-            x = torch.zeros(number, size, dtype=torch.int64, device=self.device)
-            list(generate(self.model, x, 4, Sampler(), 0, self.uses_graphs))
-
-        numbers = [self.args.num_samples // 2**power for power in range(1, 31)]
-
-        return first_that_fits([number for number in numbers if number], attempt, self.device)
 
     @property
     def uses_graphs(self) -> bool:

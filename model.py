@@ -368,4 +368,5 @@ class Cache(Protocol):
     """
 
     positions: Tensor
-    layers: Sequence[LayerCache]
+    @property
+    def layers(self) -> Sequence[LayerCache]: ...

@@ -330,7 +330,7 @@ class World:
 
     # --- When it goes wrong ---
 
-    def is_lost_process(self, error: Exception) -> bool:
+    def is_lost_process(self, error: BaseException) -> bool:
         """Tell whether an error means that another process is gone."""
         is_remote = isinstance(error, NoAnswerError | dist.DistError)
 

@@ -1,4 +1,4 @@
-"""The memory of a process: how much there is, how much is used, and what to do when it runs out."""
+"""The memory of a process: how much there is, how much is used, and when it has run out."""
 
 import contextlib
 import ctypes
@@ -7,8 +7,6 @@ import os
 import re
 import resource
 import sys
-import traceback
-from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -109,32 +107,8 @@ def control_groups() -> list[Path]:
     return [root]
 
 
-def is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether an error of PyTorch means that memory ran out; on a CPU it has no own type."""
     types = (torch.OutOfMemoryError, MemoryError)
 
     return isinstance(error, types) or "can't allocate memory" in str(error)
-
-
-def first_that_fits(
-    numbers: Iterable[int], attempt: Callable[[int], object], device: torch.device
-) -> int | None:
-    """Return the first number that an attempt has memory enough for; None without any."""
-    for number in numbers:
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-
-        try:
-            attempt(number)
-        except Exception as error:
-            # Libraries have their own words for it; what fails is of no use, whatever the cause.
-            release(error)
-        else:
-            return number
-
-    return None
-
-
-def release(error: Exception) -> None:
-    """Free what the functions that an error has ended still hold."""
-    traceback.clear_frames(error.__traceback__)

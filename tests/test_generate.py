@@ -574,32 +574,3 @@ def test_out_of_memory_is_one_line(run, monkeypatch):
 
     assert status == 1
     assert "error: cpu is out of memory; lower --num_samples" in errors
-
-
-@pytest.mark.parametrize(
-    ("capacity", "advice"),
-    [
-        (3, "; --num_samples=2 fits."),
-        (1, "; --num_samples=1 fits."),
-        (0, " with one text already; take a smaller model or --device=cpu."),
-    ],
-)
-def test_out_of_memory_tells_what_fits(script, checkpoint, monkeypatch, capacity, advice):
-    """What is said of a GPU, tried on the CPU."""
-    import model
-
-    encode = model.GPT.encode
-
-    def limited(self, x, *args):
-        if len(x) > capacity:
-            raise torch.OutOfMemoryError("no memory")
-
-        return encode(self, x, *args)
-
-    monkeypatch.setattr(model.GPT, "encode", limited)
-    argv = [f"--checkpoint_path={checkpoint}", "--num_samples=5", "--lora_path="]
-    args = script.build_parser().parse(argv)
-    speaker = script.Speaker(args, torch.device("cpu"), False)
-    told = script.advise_on_memory(MemoryError(), speaker, torch.device("cuda"))
-
-    assert told == f"cuda is out of memory{advice}"

@@ -115,7 +115,7 @@ class InstructionData:
         return 1 - float((self.lengths - 1).sum()) / sum(sizes)
 
 
-def in_parts(values: Sequence, size: int) -> Iterator[Sequence]:
+def in_parts(values, size: int) -> Iterator:
     for first in range(0, len(values), size):
         yield values[first : first + size]
 

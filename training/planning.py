@@ -1,4 +1,4 @@
-"""What a run will take, found out by a few updates of it: memory, seconds, kernels."""
+"""What a run will take, found out by a few updates of it: memory and seconds."""
 
 import math
 import statistics
@@ -8,9 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from data import Corpus, TrainingData
 from loss import output_memory
@@ -144,7 +142,8 @@ def seconds_of(device: torch.device, function: Callable, *args) -> float:
 
 def time_updates(trainer: Trainer, micro_batches: MicroBatches) -> float:
     """Return the seconds of an update, from updates of one and of two of its micro-batches."""
-    ones, twos = [], []
+    ones: list[float] = []
+    twos: list[float] = []
 
     # All processes take as many, whatever their clocks say.
     while trainer.world.max(not ones or sum(ones + twos) < TIMED_SECONDS):
@@ -190,38 +189,6 @@ def kept_memory(trainer: Trainer, micro_batch: tuple[int, Tensor, Tensor]) -> in
     del loss
 
     return kept
-
-
-class OperatorNames(TorchDispatchMode):
-    """Records the names of the kernels that run."""
-
-    def __init__(self):
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.append(function._schema.name)
-
-        return function(*args, **(kwargs or {}))
-
-
-def attention_kernel(model: GPT, precision: str) -> str:
-    """Return the name of the kernel that attention runs on, found out by running it."""
-    weight = model.token_embeddings.weight
-    num_heads = model.blocks[0].attention.num_attention_heads
-    shape = (1, num_heads, model.block_size, weight.size(1) // num_heads)  # (B, H, T, K)
-    query = torch.zeros(shape, device=weight.device, dtype=PRECISIONS[precision])
-    query.requires_grad_()
-
-    with OperatorNames() as record:
-        F.scaled_dot_product_attention(query, query, query, is_causal=True)
-
-    names = [name.removeprefix("aten::_scaled_dot_product_") for name in record.names]
-    fused = [name.split("_attention")[0] for name in names if "_attention" in name]
-
-    return (
-        f"PyTorch's {fused[0].replace('_', ' ')} attention" if fused else "attention step by step"
-    )
 
 
 def count_parameters(model: GPT) -> dict[str, int]:
@@ -288,7 +255,7 @@ def describe_plan(
     reason = explain_precision(device) if is_chosen else "as --precision says"
 
     print(f"Parts:  {', '.join(parts)}")
-    print(f"Chosen: {precision}, {reason}; {attention_kernel(model, precision)}")
+    print(f"Chosen: {precision}, {reason}")
     print(f"Memory: {describe_memory(plan)}")
 
     if plan.available < math.inf:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from data import TrainingData
 from system.distributed import World, unshard
-from system.memory import is_out_of_memory, release
+from system.memory import is_out_of_memory
 from system.signals import Interrupted
 from text.tokenizer import ENCODING
 from training.arguments import Settings
@@ -106,7 +106,6 @@ class Run:
                 if not is_out_of_memory(error):
                     raise
 
-                release(error)
                 raise TrainingError(self.advise_on_memory()) from None
 
             # While signals wait: whoever ended of one now would count as lost to the others.
@@ -164,7 +163,7 @@ class Run:
             losses = trainer.test(self.data)
 
         test_loss = self.data.mean_loss(losses) if losses else None
-        is_best = bool(losses) and test_loss < trainer.best_test_loss
+        is_best = test_loss is not None and test_loss < trainer.best_test_loss
         by_source = {name: losses[name] for name in self.columns if losses}
         row = trainer.finish_epoch(test_loss, self.flops_per_token, by_source)
 
@@ -214,26 +213,15 @@ class Run:
         self.world.wait_for_all()
 
     def advise_on_memory(self) -> str:
-        """Say which flags make a run fit that has run out of memory."""
-        settings, device = self.settings, self.world.device
-        problem = f"{device} is out of memory"
-        can_recompute = not getattr(settings, "activation_checkpointing", True)
+        """Say which flags take less memory."""
+        device = self.world.device
+        can_recompute = not getattr(self.settings, "activation_checkpointing", True)
         recompute = ", or add --activation_checkpointing" if can_recompute else ""
 
-        # Where weights are sharded, no process can try anything alone. A system that runs out of
-        # memory ends the process that tries.
-        if self.world.has_sharded_weights or device.type == "cpu":
-            return (
-                f"{problem}; halve --batch_size, double --gradient_accumulation_steps{recompute}."
-            )
-
-        if size := self.trainer.fitting_batch_size(settings.batch_size):
-            batches = settings.gradient_accumulation_steps * settings.batch_size // size
-            flags = f"--batch_size={size} --gradient_accumulation_steps={batches}"
-
-            return f"{problem}; {flags} fits{recompute}."
-
-        return f"{problem} with a single window; take a smaller model{recompute}."
+        return (
+            f"{device} is out of memory; halve --batch_size, double --gradient_accumulation_steps"
+            f"{recompute}, or take a smaller model."
+        )
 
 
 def prefetch(data: TrainingData, updates: Iterable[int], world: World) -> Iterator[MicroBatches]:

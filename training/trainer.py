@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import TrainingData
+from model import GPT
 from system.devices import autocast
 from system.distributed import (
     LostProcessError,
@@ -23,7 +24,6 @@ from system.distributed import (
     clip_gradients,
     shard_like,
 )
-from system.memory import first_that_fits
 from system.signals import Interrupted, StopSignal
 from training.metrics import SOURCE_LOSS
 from training.optimizers import Optimizers, Schedule
@@ -54,7 +54,7 @@ class Trainer:
         trained: the key under which a checkpoint holds the trained weights.
     """
 
-    model: nn.Module
+    model: GPT
     network: nn.Module
     optimizers: Optimizers
     schedule: Schedule
@@ -260,32 +260,6 @@ class Trainer:
         is_silent = None if self.world.is_first else True
 
         return tqdm(items, desc=description, unit=unit, leave=False, disable=is_silent)
-
-    def fitting_batch_size(self, batch_size: int) -> int | None:
-        """Return the largest proper divisor of a batch size that memory holds; None without any.
-
-        It is found by trying, with windows of full length. No other process takes part.
-        """
-        self.model.train()
-        self.model.zero_grad(set_to_none=True)
-        weights = [weight for weight in self.model.parameters() if weight.requires_grad]
-        # Before the first step the optimizers have nothing; later two numbers a weight at most.
-        state = () if self.step else [torch.empty_like(w) for w in weights for _ in range(2)]
-
-        def attempt(size: int) -> None:
-            x = torch.zeros(size, self.model.block_size, dtype=torch.int64, device=self.device)
-
-            with torch.compiler.set_stance("force_eager"), autocast(self.device, self.precision):
-                loss = self.model(x, x)
-
-            # Unlike backward, it wakes nothing that would wait for other processes.
-            torch.autograd.grad(loss, weights)
-
-        divisors = [size for size in range(batch_size // 2, 0, -1) if batch_size % size == 0]
-        size = first_that_fits(divisors, attempt, self.device)
-        del state
-
-        return size
 
     # --- The record, and what a run resumes from ---
 

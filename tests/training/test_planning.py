@@ -13,7 +13,7 @@ from model import GPT
 from processes import Group
 from text.preparation import load_or_prepare, parse_source
 from training import planning
-from training.planning import Plan, attention_kernel, count_parameters, kept_memory, time_updates
+from training.planning import Plan, count_parameters, kept_memory, time_updates
 
 SIZES = {
     "vocabulary_size": 1000,
@@ -122,15 +122,6 @@ def test_time_of_an_update_is_that_of_its_batches_and_what_comes_once(monkeypatc
     seconds = time_updates(trainer, [(n, x, x) for n in range(num_batches)])
 
     assert seconds == pytest.approx(3.0 + 0.25 * num_batches)
-
-
-def test_kernel_of_attention_is_the_one_that_runs():
-    model = GPT(**SIZES)
-
-    assert attention_kernel(model, "fp32") == "PyTorch's flash attention"
-
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        assert attention_kernel(model, "fp32") == "attention step by step"
 
 
 def test_dry_run_estimates_and_writes_nothing(pre_train, small, tmp_path, monkeypatch, capsys):
