@@ -11,7 +11,7 @@ from system.distributed import World
 from text.preparation import Source, load_or_prepare, parse_source
 from text.token_files import TokenDataset
 from text.tokenizer import DataError
-from training.pictures import perplexity
+from training.metrics import perplexity
 from training.trainer import StopSignal, Trainer
 
 # Sources as `--dataset` names them, with their weights, if any.

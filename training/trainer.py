@@ -18,9 +18,8 @@ from tqdm import tqdm
 
 from system.devices import autocast, first_that_fits
 from system.distributed import World, are_finite, clip_gradients, spread_like
-from training.metrics import SOURCE_LOSS
+from training.metrics import SOURCE_LOSS, perplexity
 from training.optimizers import Optimizers, Schedule
-from training.pictures import perplexity
 
 # The part of a process in an update: numbered micro-batches of token ids and targets, int64 (B, T).
 # Targets below 0 have no loss.
