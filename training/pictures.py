@@ -91,7 +91,7 @@ def draw_curves(rows: list[dict], sources: dict[str, str], title: str) -> str:
 
         figure = Figure(SIZE)
         losses, rates = figure.subplots(2, sharex=True, height_ratios=(6, 1))
-        figure.subplots_adjust(left=0.09, right=0.75, bottom=0.07, top=0.82, hspace=0.28)
+        figure.subplots_adjust(left=0.09, right=0.75, bottom=0.07, top=0.83, hspace=0.28)
         note += draw_losses(losses, rows, sources)
         draw_rates(rates, rows)
         figure.text(0.02, 0.94, title, fontsize=14, fontweight="bold")
@@ -114,7 +114,7 @@ def draw_losses(axes, rows: list[dict], sources: dict[str, str]) -> str:
     for name, column, style in lines:
         if points := points_of(rows, column):
             losses += [loss for _, loss in points]
-            label = f"{points[-1][1]:.3f}  {shorten(name)}"
+            label = f"{points[-1][1]:.3f} {shorten(name)}"
             plot(axes, points, MAX_POINTS // len(lines), label=label, **style)
 
     axes.set_title("loss, nats per token")
@@ -139,7 +139,8 @@ def draw_losses(axes, rows: list[dict], sources: dict[str, str]) -> str:
 def draw_rates(axes, rows: list[dict]) -> None:
     """Draw the learning rate, and below it the tokens."""
     rates = points_of(rows, "learning_rate")
-    plot(axes, rates, MAX_POINTS // 10, color=LIGHT["soft"], linewidth=1.3)
+    style = {"color": LIGHT["soft"], "linewidth": 1.3, "markersize": 2.5}
+    plot(axes, rates, MAX_POINTS // 10, **style)
     axes.set_title("learning rate")
     axes.set_ylim(0, 1.1 * max((rate for _, rate in rates), default=0) or 1)
     axes.set_xlim(0, 1.01 * max(1, rows[-1]["tokens"]))
@@ -147,7 +148,7 @@ def draw_rates(axes, rows: list[dict]) -> None:
     axes.yaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_major_formatter(lambda tokens, _: count_text(tokens))
     # Beside the numbers.
-    axes.annotate("tokens", (1.03, 0), (0, -3), "axes fraction", "offset points", va="top")
+    axes.text(1.04, -0.06, "tokens", va="top", color=LIGHT["soft"], transform=axes.transAxes)
 
 
 def plot(axes, points: Points, limit: int, **style) -> None:

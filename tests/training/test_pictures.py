@@ -60,7 +60,7 @@ def texts(picture) -> list[str]:
 
 def labels_of(picture) -> list[list[str]]:
     """Return the last values of the lines and their names."""
-    return [text.split("  ") for text in texts(picture) if "  " in text]
+    return [text.split(" ", 1) for text in texts(picture) if re.match(r"\d+\.\d{3} ", text)]
 
 
 def scale(axes, letter: str):
