@@ -101,7 +101,7 @@ def draw_curves(rows: list[dict], sources: dict[str, str], title: str) -> str:
 
 
 def draw_losses(axes, rows: list[dict], sources: dict[str, str]) -> str:
-    """Draw all losses, the most important line on top; return what is not to be seen."""
+    """Draw all losses, the test loss on top; return a note of what the picture leaves out."""
     shown = list(zip(sources.items(), SOURCE_STYLES, strict=False))
     name = "test, mean" if sources else "test"
     lines = [
@@ -142,8 +142,8 @@ def draw_rates(axes, rows: list[dict]) -> None:
     style = {"color": LIGHT["soft"], "linewidth": 1.3, "markersize": 2.5}
     plot(axes, rates, MAX_POINTS // 10, **style)
     axes.set_title("learning rate")
-    axes.set_ylim(0, 1.1 * max((rate for _, rate in rates), default=0) or 1)
-    axes.set_xlim(0, 1.01 * max(1, rows[-1]["tokens"]))
+    axes.set_ylim(0, 1.1 * max((rate for _, rate in rates), default=0))
+    axes.set_xlim(0, 1.01 * rows[-1]["tokens"])
     axes.locator_params(axis="y", nbins=2)
     axes.yaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_major_formatter(lambda tokens, _: count_text(tokens))
@@ -166,7 +166,7 @@ def points_of(rows: list[dict], column: str) -> Points:
 
 
 def thin(points: Points, limit: int) -> Points:
-    """Return some limit points: the least and the greatest of each stretch, and both ends."""
+    """Return about limit points: the least and the greatest of each stretch, and both ends."""
     if len(points) <= limit:
         return points
 
@@ -193,7 +193,7 @@ def visible_range(losses: list[float]) -> tuple[float, float]:
         high = low + 1.25 * (usual - low)
 
     # Tiny differences are not magnified.
-    margin = max(0.06 * (high - low), 0.005 * abs(high)) or 1.0
+    margin = max(0.06 * (high - low), 0.005 * abs(high))
 
     return max(low - margin, min(low, 0)), high + margin
 
@@ -234,14 +234,18 @@ def shorten(name: str) -> str:
 
 @contextlib.contextmanager
 def settings() -> Iterator[None]:
-    """Let matplotlib draw by SETTINGS alone, and silently: it warns of a font cache, of glyphs."""
+    """Make matplotlib draw by SETTINGS alone, whatever a matplotlibrc says.
+
+    Its warnings, of the cache of fonts or of missing glyphs, are silenced.
+    """
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
 
-    import matplotlib.style
-
-    with warnings.catch_warnings(), matplotlib.style.context(["default", SETTINGS]):
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        yield
+        import matplotlib.style
+
+        with matplotlib.style.context(["default", SETTINGS]):
+            yield
 
 
 def to_svg(figure, title: str) -> str:
