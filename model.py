@@ -368,5 +368,6 @@ class Cache(Protocol):
     """
 
     positions: Tensor
+
     @property
     def layers(self) -> Sequence[LayerCache]: ...

@@ -20,21 +20,17 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from training.pictures import (  # noqa: E402
-    BOTTOM,
-    LEFT,
-    RIGHT,
-    TOP,
-    Line,
-    Scale,
-    document,
-    draw_axes,
-    draw_losses,
+    LIGHT,
+    SOURCE_STYLES,
+    count_text,
+    settings,
+    to_svg,
 )
 
 # Test losses in a run.
 NUM_TESTS = 16
 # Ours first.
-STYLES = ("test", "source0", "source1", "source2", "source3")
+STYLES = ({"color": LIGHT["test"], "linewidth": 2.8}, *SOURCE_STYLES)
 
 
 def learn(args: argparse.Namespace, name: str, flags: list[str]) -> list[dict]:
@@ -98,21 +94,23 @@ def compare(name: str, rows: list[dict], ours: list[dict]) -> dict:
 
 def draw(runs: dict[str, list[dict]], title: str) -> str:
     """Draw the test losses of runs over their tokens."""
-    lines = [
-        Line(name, [(row["tokens"], row["test_loss"]) for row in rows], style)
-        for (name, rows), style in zip(runs.items(), STYLES, strict=False)
-    ]
-    losses = [loss for line in lines for _, loss in line.points]
-    margin = 0.06 * (max(losses) - min(losses))
-    x = Scale(0.0, max(line.points[-1][0] for line in lines), LEFT, RIGHT)
-    y = Scale(min(losses) - margin, max(losses) + margin, BOTTOM, TOP)
+    with settings():
+        from matplotlib.figure import Figure
 
-    return document(
-        title,
-        [*draw_axes(x, y, BOTTOM), *draw_losses(lines, x, y)],
-        "Test loss in nats per token over the tokens that were trained on, by recipe.",
-        BOTTOM + 40,
-    )
+        figure = Figure((800 / 72, 430 / 72))
+        axes = figure.add_axes((0.09, 0.08, 0.66, 0.76))
+
+        for (name, rows), style in zip(runs.items(), STYLES, strict=False):
+            tokens, losses = zip(*((row["tokens"], row["test_loss"]) for row in rows), strict=True)
+            axes.plot(tokens, losses, marker="o", label=f"{losses[-1]:.3f} {name}", **style)
+
+        axes.set_title("test loss, nats per token, over tokens")
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_formatter(lambda tokens, _: count_text(tokens))
+        axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1), borderaxespad=0)
+        figure.text(0.02, 0.93, title, fontsize=14, fontweight="bold")
+
+        return to_svg(figure, title)
 
 
 def main() -> None:

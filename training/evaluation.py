@@ -6,7 +6,7 @@ import math
 from data import EvaluationWindows
 from text.token_files import TokenDataset
 from text.tokenizer import DataError
-from training.pictures import perplexity
+from training.metrics import perplexity
 from training.trainer import Trainer
 
 

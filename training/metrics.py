@@ -4,6 +4,7 @@ A row is a dictionary of numbers, one an epoch; None stands for a test that was 
 """
 
 import csv
+import math
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -87,13 +88,20 @@ class MetricsFile:
         picture = picture_path(self.path)
 
         try:
+            if not self.rows:
+                # There may be one of an earlier run. Drawing nothing spares the start of a run
+                # the import of matplotlib.
+                picture.unlink(missing_ok=True)
+                return
+
             content = draw_curves(self.rows, self.sources, self.path.stem)
 
             with replaced(picture, "w", newline="", encoding="utf-8") as file:
                 file.write(content)
         except Exception as error:  # no picture is worth a run
             if not self.has_noted:
-                reason = getattr(error, "strerror", None) or error
+                # Errors of matplotlib can have several lines.
+                reason = " ".join(str(getattr(error, "strerror", None) or error).split())
                 tqdm.write(f"Note:   {picture} was not drawn: {reason}", file=sys.stderr)
 
             self.has_noted = True
@@ -104,6 +112,11 @@ def picture_path(metrics_path: Path) -> Path:
     name = metrics_path.name.removesuffix(".csv")
 
     return metrics_path.parent / f"{name}.svg"
+
+
+def perplexity(loss: float) -> float:
+    """Return exp(loss), as far as there are numbers."""
+    return math.exp(min(loss, 700.0))
 
 
 def describe_row(row: dict, num_epochs: int) -> str:

@@ -1,35 +1,16 @@
-"""The curves of a run as a picture (SVG) that a browser shows, drawn without any package.
+"""The picture of a run: its losses and its learning rate over tokens, drawn by matplotlib as SVG.
 
-rows of the metrics -> lines of points -> scales with round ticks -> losses, learning rate below
+The SVG has the colors of light pages; its style sheet replaces them where pages are dark.
 """
 
+import contextlib
+import io
+import logging
 import math
-import unicodedata
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from html import escape
+import warnings
+from collections.abc import Iterator
 
-WIDTH, HEIGHT = 800, 500
-# The edges of both plots; the labels of the lines stand to the right of them.
-LEFT, RIGHT = 66, 620
-TOP, BOTTOM = 92, 386
-RATE_TOP, RATE_BOTTOM = 420, 464
-
-DESCRIPTION = (
-    "Train and test loss in nats per token, and below them the learning rate, over the tokens that"
-    " were trained on."
-)
-
-# More lines could not be told apart.
-MAX_SOURCES = 8
-# Points in a line, and in all: some 13 bytes each.
-MAX_POINTS, MAX_ALL_POINTS = 1000, 8000
-# Fewer losses are all shown, however high the first one is.
-MIN_LOSSES_TO_CUT = 40
-# Beyond so many tests their dots would hide the line.
-MAX_DOTS = 60
-
-# By class: in light and in dark. The hues differ in brightness too, for the colour-blind.
+# In light and in dark.
 COLORS = {
     "paper": ("#ffffff", "#14171c"),
     "ink": ("#1c2128", "#eceff3"),
@@ -37,50 +18,59 @@ COLORS = {
     "grid": ("#e4e7eb", "#2b3038"),
     "train": ("#6b7583", "#8f99a7"),
     "test": ("#0065a3", "#5cb8ee"),
-    "rate": ("#5b6470", "#a2abb7"),
     "source0": ("#c04a00", "#f5a04c"),
     "source1": ("#00765a", "#35c9a0"),
     "source2": ("#9c3d78", "#e79ac6"),
     "source3": ("#7a6100", "#e2cd5a"),
+    "source4": ("#b3202c", "#ff7d7d"),
+    "source5": ("#4b4fb8", "#a9acff"),
 }
-NUM_SOURCE_COLORS = sum(name.startswith("source") for name in COLORS)
+LIGHT = {name: light for name, (light, _) in COLORS.items()}
+# Each color serves two sources; the line of the second one is dashed.
+SOURCE_STYLES = [
+    {"color": color, "linestyle": dash, "linewidth": 1.8}
+    for dash in ("-", "--")
+    for name, color in LIGHT.items()
+    if name.startswith("source")
+]
 
-RULES = """\
-text{font:13px system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
-.head{font-size:16px;font-weight:600}
-text,rect,circle{fill:currentColor}
-polyline,line{fill:none;stroke:currentColor;stroke-linejoin:round;stroke-linecap:round}
-polyline{stroke-width:1.8}
-polyline.train,polyline.rate{stroke-width:1.3}
-polyline.test{stroke-width:2.8}
-polyline.again{stroke-dasharray:5 4}"""
+# More markers would hide the line.
+MAX_MARKERS = 40
+# Points in all lines together: some 25 bytes each.
+MAX_POINTS = 7000
+# Fewer losses are all shown, however high the first one is.
+MIN_LOSSES_TO_CUT = 40
+
+# One point of matplotlib is one unit of the SVG.
+SIZE = (800 / 72, 500 / 72)
+FONTS = "system-ui,-apple-system,'Segoe UI',Roboto,'Helvetica Neue',Arial,sans-serif"
+SETTINGS = {
+    "axes.edgecolor": LIGHT["grid"],
+    "axes.formatter.useoffset": False,
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlecolor": LIGHT["soft"],
+    "axes.titlelocation": "left",
+    "axes.titlesize": "medium",
+    "figure.facecolor": LIGHT["paper"],
+    "font.size": 12,
+    "grid.color": LIGHT["grid"],
+    "legend.frameon": False,
+    "legend.handlelength": 1.6,
+    "lines.markersize": 4.5,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "curves",
+    "text.color": LIGHT["ink"],
+    # A name with dollar signs is no formula.
+    "text.parse_math": False,
+    "xtick.color": LIGHT["soft"],
+    "xtick.major.size": 0,
+    "ytick.color": LIGHT["soft"],
+    "ytick.major.size": 0,
+}
 
 Points = list[tuple[float, float]]
-
-
-@dataclass
-class Line:
-    """Losses in nats over tokens, under a name, and the class that gives it its colour."""
-
-    name: str
-    points: Points
-    style: str
-
-
-@dataclass
-class Scale:
-    """Values from low to high, on pixels from start to end."""
-
-    low: float
-    high: float
-    start: float
-    end: float
-
-    def __call__(self, value: float) -> float:
-        """Return the pixel of a value, kept near the picture however far that is out."""
-        share = (value - self.low) / (self.high - self.low)
-
-        return self.start + min(max(share, -9.0), 9.0) * (self.end - self.start)
 
 
 def draw_curves(rows: list[dict], sources: dict[str, str], title: str) -> str:
@@ -91,71 +81,109 @@ def draw_curves(rows: list[dict], sources: dict[str, str], title: str) -> str:
         sources: the columns with the test losses of several sources, by their names.
 
     Returns:
-        An SVG document of less than 200 KB; the same for the same rows.
+        An SVG document of less than 250 KB; the same for the same rows.
     """
-    head = summarize(rows, shorten(title, 16))
-    lines = loss_lines(rows, sources)
-    rates = points_of(rows, "learning_rate")
+    title = f"{shorten(title)}: {summarize(rows)}"
+    note = f"{len(rows):,} epoch{'s' * (len(rows) > 1)}, {count_text(rows[-1]['tokens'])} tokens"
 
-    if not lines:
-        return document(
-            head,
-            [text(WIDTH / 2, HEIGHT / 2, "The curves come with the first test.", "soft", "middle")],
-            DESCRIPTION,
-        )
+    with settings():
+        from matplotlib.figure import Figure
 
-    losses = [loss for line in lines for _, loss in line.points]
-    x = Scale(0.0, max(1.0, *(line.points[-1][0] for line in lines)), LEFT, RIGHT)
-    y = Scale(*visible_range(losses), BOTTOM, TOP)
-    note = describe_extent(rows, losses, y.high, len(sources) - MAX_SOURCES)
+        figure = Figure(SIZE)
+        losses, rates = figure.subplots(2, sharex=True, height_ratios=(6, 1))
+        figure.subplots_adjust(left=0.09, right=0.75, bottom=0.07, top=0.83, hspace=0.28)
+        note += draw_losses(losses, rows, sources)
+        draw_rates(rates, rows)
+        figure.text(0.02, 0.94, title, fontsize=14, fontweight="bold")
+        figure.text(0.02, 0.895, note, color=LIGHT["soft"])
 
-    return document(
-        head,
-        [
-            text(16, 52, note, "soft"),
-            *draw_axes(x, y, RATE_BOTTOM),
-            *draw_losses(lines, x, y),
-            *draw_rates(rates, x),
-        ],
-        DESCRIPTION,
-    )
+        return to_svg(figure, title)
 
 
-# --- What is shown ---
-
-
-def loss_lines(rows: list[dict], sources: dict[str, str]) -> list[Line]:
-    """Return what has points to draw; what matters most comes last, and so on top."""
-    shown = list(sources.items())[:MAX_SOURCES]
-    lines = [Line("train", points_of(rows, "train_loss"), "train")]
-
-    for number, (name, column) in enumerate(shown):
-        again = " again" if number >= NUM_SOURCE_COLORS else ""
-        style = f"source{number % NUM_SOURCE_COLORS}{again}"
-        lines.append(Line(shorten(name, 13), points_of(rows, column), style))
-
+def draw_losses(axes, rows: list[dict], sources: dict[str, str]) -> str:
+    """Draw all losses, the test loss on top; return a note of what the picture leaves out."""
+    shown = list(zip(sources.items(), SOURCE_STYLES, strict=False))
     name = "test, mean" if sources else "test"
-    lines.append(Line(name, points_of(rows, "test_loss"), "test"))
+    lines = [
+        ("train", "train_loss", {"color": LIGHT["train"], "linewidth": 1.3}),
+        *((name, column, style) for (name, column), style in shown),
+        (name, "test_loss", {"color": LIGHT["test"], "linewidth": 2.8}),
+    ]
+    losses, note = [], ""
 
-    return [line for line in lines if line.points]
+    for name, column, style in lines:
+        if points := points_of(rows, column):
+            losses += [loss for _, loss in points]
+            label = f"{points[-1][1]:.3f} {shorten(name)}"
+            plot(axes, points, MAX_POINTS // len(lines), label=label, **style)
+
+    axes.set_title("loss, nats per token")
+
+    if losses:
+        bottom, top = visible_range(losses)
+        axes.set_ylim(bottom, top)
+        # The highest line comes first.
+        handles = sorted(axes.lines, key=lambda line: line.get_ydata()[-1], reverse=True)
+        axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.02, 1), borderaxespad=0)
+
+        if cut := sum(loss > top for loss in losses):
+            note += f"; cut off above {top:.3f}: {cut:,} of {len(losses):,} losses"
+            note += f", up to {max(losses):.3f}"
+
+    if num_hidden := len(sources) - len(shown):
+        note += f"; {num_hidden} more sources are in the table"
+
+    return note
+
+
+def draw_rates(axes, rows: list[dict]) -> None:
+    """Draw the learning rate, and below it the tokens."""
+    rates = points_of(rows, "learning_rate")
+    style = {"color": LIGHT["soft"], "linewidth": 1.3, "markersize": 2.5}
+    plot(axes, rates, MAX_POINTS // 10, **style)
+    axes.set_title("learning rate")
+    axes.set_ylim(0, 1.1 * max((rate for _, rate in rates), default=0))
+    axes.set_xlim(0, 1.01 * rows[-1]["tokens"])
+    axes.locator_params(axis="y", nbins=2)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_major_formatter(lambda tokens, _: count_text(tokens))
+    # Beside the numbers.
+    axes.text(1.04, -0.06, "tokens", va="top", color=LIGHT["soft"], transform=axes.transAxes)
+
+
+def plot(axes, points: Points, limit: int, **style) -> None:
+    """Draw a line through at most limit points, with markers when they are few."""
+    marker = "o" if len(points) <= MAX_MARKERS else None
+    axes.plot(*zip(*thin(points, limit), strict=True), marker=marker, **style)
 
 
 def points_of(rows: list[dict], column: str) -> Points:
     """Return the finite values of a column over the tokens of their rows."""
     pairs = [(row["tokens"], row.get(column)) for row in rows]
 
-    return [(tokens, value) for tokens, value in pairs if value is not None and is_finite(value)]
+    # Differences of greater values would overflow.
+    return [(x, y) for x, y in pairs if y is not None and math.isfinite(y) and abs(y) < 1e100]
 
 
-def is_finite(value: float) -> bool:
-    # Far from all losses, and from where differences overflow.
-    return math.isfinite(value) and abs(value) < 1e100
+def thin(points: Points, limit: int) -> Points:
+    """Return about limit points: the least and the greatest of each stretch, and both ends."""
+    if len(points) <= limit:
+        return points
+
+    size = math.ceil(2 * len(points) / limit)
+    kept = {points[0], points[-1]}
+
+    for start in range(0, len(points), size):
+        stretch = points[start : start + size]
+        kept |= {choose(stretch, key=lambda point: point[1]) for choose in (min, max)}
+
+    return sorted(kept)
 
 
 def visible_range(losses: list[float]) -> tuple[float, float]:
     """Return the least and the greatest loss to show.
 
-    A run begins at 10.8 nats, and can leap there again; where that would squash all else, the
+    A run begins at 10.8 nats, and can leap there again. Where that would squash all else, the
     picture ends a little above 95 % of the losses.
     """
     low, high = min(losses), max(losses)
@@ -164,183 +192,28 @@ def visible_range(losses: list[float]) -> tuple[float, float]:
     if len(losses) >= MIN_LOSSES_TO_CUT and high - low > 3 * (usual - low) > 0:
         high = low + 1.25 * (usual - low)
 
-    # What hardly differs is not blown up.
-    margin = max(0.06 * (high - low), 0.005 * abs(high)) or 1.0
-    bottom = low - margin
+    # Tiny differences are not magnified.
+    margin = max(0.06 * (high - low), 0.005 * abs(high))
 
-    return (max(0.0, bottom) if low >= 0 else bottom), high + margin
+    return max(low - margin, min(low, 0)), high + margin
 
 
-def summarize(rows: list[dict], title: str) -> str:
+def summarize(rows: list[dict]) -> str:
     """Return the last and the best test loss, as far as there are any."""
-    tests, trained = points_of(rows, "test_loss"), points_of(rows, "train_loss")
+    tested = [row for row in rows if points_of([row], "test_loss")]
 
-    if not tests:
-        state = f"train loss {loss_text(trained[-1][1])}, no test yet" if trained else ""
+    if not tested:
+        return "no test yet"
 
-        return f"{title}: {state or 'no epoch has ended yet'}"
+    last, best = tested[-1], min(tested, key=lambda row: row["test_loss"])
+    text = f"test loss {last['test_loss']:.3f} (perplexity {last['perplexity']:,.1f})"
 
-    (_, last), (tokens, best) = tests[-1], min(tests, key=lambda point: point[1])
-    told = f"{title}: test loss {loss_text(last)} (perplexity {perplexity_text(last)})"
+    if last["test_loss"] == best["test_loss"]:
+        return f"{text}, the best so far"
 
-    if loss_text(last) == loss_text(best):
-        return f"{told}, the best so far"
+    tokens = count_text(best["tokens"])
 
-    return f"{told}, best {loss_text(best)} ({perplexity_text(best)}) at {count_text(tokens)}"
-
-
-def describe_extent(rows: list[dict], losses: list[float], top: float, num_hidden: int) -> str:
-    """Say how much there is, and honestly what of it is not to be seen."""
-    epochs = "1 epoch" if len(rows) == 1 else f"{len(rows):,} epochs"
-    told = f"{epochs}, {count_text(rows[-1]['tokens'])} tokens"
-    cut = sum(loss > top for loss in losses)
-
-    if cut:
-        told += (
-            f"; cut off above {loss_text(top)}: {cut:,} of {len(losses):,} losses,"
-            f" up to {loss_text(max(losses))}"
-        )
-
-    return f"{told}; {num_hidden} sources are in the table alone" if num_hidden > 0 else told
-
-
-# --- How it is drawn ---
-
-
-def draw_axes(x: Scale, y: Scale, floor: float) -> list[str]:
-    """Draw the grid, the numbers beside it, and what they count."""
-    parts = [text(16, TOP - 14, "loss, nats per token", "soft")]
-
-    for value, label in ticks(y, 5):
-        parts.append(rule(LEFT, y(value), RIGHT, y(value), "grid"))
-        parts.append(text(LEFT - 8, y(value) + 4.5, label, "soft y", "end"))
-
-    for value, label in ticks(x, 6, count_text, least=1.0):
-        parts.append(rule(x(value), TOP, x(value), floor, "grid"))
-        parts.append(text(x(value), floor + 20, label, "soft x", "middle"))
-
-    return [*parts, text(RIGHT + 36, floor + 20, "tokens", "soft")]
-
-
-def draw_losses(lines: list[Line], x: Scale, y: Scale) -> list[str]:
-    """Draw the lines, and at their ends what they are and where they have come to."""
-    limit = min(MAX_POINTS, MAX_ALL_POINTS // len(lines))
-    parts = ['<g clip-path="url(#plot)">']
-
-    for line in lines:
-        parts += draw_line(thin(line.points, limit), line.style, x, y)
-
-        if len(line.points) == 1 or line.style != "train":
-            radius = 3.6 if line.style == "test" else 2.6
-            few = len(line.points) <= MAX_DOTS
-            parts += draw_dots(line.points if few else line.points[-1:], line.style, radius, x, y)
-
-    parts.append("</g>")
-    ends = [min(max(y(line.points[-1][1]), TOP), BOTTOM) for line in lines]
-
-    for line, end, height in zip(lines, ends, spread(ends, 18, BOTTOM), strict=True):
-        label = f"{line.name} {loss_text(line.points[-1][1])}"
-        parts.append(rule(RIGHT + 5, end, RIGHT + 15, height, line.style))
-        parts.append(text(RIGHT + 20, height + 4.5, label, f"{line.style} end"))
-
-    return parts
-
-
-def draw_rates(rates: Points, x: Scale) -> list[str]:
-    """Draw the learning rate in a strip of its own, below the losses."""
-    if not rates:
-        return []
-
-    y = Scale(0.0, 1.1 * max(rate for _, rate in rates) or 1.0, RATE_BOTTOM, RATE_TOP)
-    parts = [text(16, RATE_TOP - 12, "learning rate", "soft")]
-
-    for value, label in ticks(y, 3, "{:g}".format):
-        parts.append(rule(LEFT, y(value), RIGHT, y(value), "grid"))
-        parts.append(text(LEFT - 8, y(value) + 4.5, label, "soft rate-y", "end"))
-
-    parts += draw_line(thin(rates, MAX_POINTS), "rate", x, y)
-
-    if len(rates) == 1:
-        parts += draw_dots(rates, "rate", 2.6, x, y)
-
-    label, height = f"{rates[-1][1]:.2g}", y(rates[-1][1])
-
-    return [*parts, text(RIGHT + 20, height + 4.5, label, "rate end")]
-
-
-def draw_line(points: Points, style: str, x: Scale, y: Scale) -> list[str]:
-    pairs = " ".join(f"{x(tokens):.1f},{y(value):.1f}" for tokens, value in points)
-
-    return [f'<polyline class="{style}" points="{pairs}"/>']
-
-
-def draw_dots(points: Points, style: str, radius: float, x: Scale, y: Scale) -> list[str]:
-    """Draw dots that tell their values to who points at them."""
-    return [
-        f'<circle class="{style}" cx="{x(tokens):.1f}" cy="{y(value):.1f}"'
-        f' r="{radius}"><title>{value:.6g} at {count_text(tokens)} tokens</title></circle>'
-        for tokens, value in points
-    ]
-
-
-def thin(points: Points, limit: int) -> Points:
-    """Return at most limit points: the first, the last, and of each stretch least and greatest."""
-    if len(points) <= limit:
-        return points
-
-    inner, num_stretches = points[1:-1], limit // 2 - 1
-    bounds = [number * len(inner) // num_stretches for number in range(num_stretches + 1)]
-    kept = [points[0]]
-
-    for start, end in zip(bounds, bounds[1:], strict=False):
-        stretch = range(start, end)
-        extremes = {
-            min(stretch, key=lambda index: inner[index][1]),
-            max(stretch, key=lambda index: inner[index][1]),
-        }
-        kept += [inner[index] for index in sorted(extremes)]
-
-    return [*kept, points[-1]]
-
-
-def spread(heights: list[float], gap: float, bottom: float) -> list[float]:
-    """Move labels apart, in their order, until each has its gap; none goes below the bottom."""
-    order = sorted(range(len(heights)), key=lambda index: heights[index])
-    placed, least = list(heights), -math.inf
-
-    for index in order:
-        placed[index] = least = max(heights[index], least + gap)
-
-    most = bottom + gap
-
-    for index in reversed(order):
-        placed[index] = most = min(placed[index], most - gap)
-
-    return placed
-
-
-def ticks(
-    scale: Scale, count: int, label: Callable[[float], str] | None = None, least: float = 0.0
-) -> Iterator[tuple[float, str]]:
-    """Yield round values on a scale, about as many as wanted, and how they are written.
-
-    Args:
-        label: writes a value; None gives all as many decimals as they need.
-        least: the smallest distance between two.
-    """
-    rough = max((scale.high - scale.low) / count, least)
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(n * power for n in (1, 2, 5, 10) if n * power >= rough * 0.999)
-    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
-
-    for number in range(math.ceil(scale.low / step), math.floor(scale.high / step) + 1):
-        value = number * step
-
-        if label:
-            yield value, label(value)
-        else:
-            plain = step > 1e-5 and abs(value) < 1e5
-            yield value, f"{value:.{decimals}f}" if plain else f"{value:.3g}"
+    return f"{text}, best {best['test_loss']:.3f} ({best['perplexity']:,.1f}) at {tokens} tokens"
 
 
 def count_text(count: float) -> str:
@@ -352,73 +225,42 @@ def count_text(count: float) -> str:
     return f"{count:.4g}"
 
 
-def loss_text(loss: float) -> str:
-    return f"{loss:.3f}" if loss == 0 or 0.001 <= abs(loss) < 1000 else f"{loss:.3g}"
-
-
-def perplexity_text(loss: float) -> str:
-    value = perplexity(loss)
-
-    return f"{value:,.1f}" if value < 1e6 else f"{value:.3g}"
-
-
-def perplexity(loss: float) -> float:
-    """Return exp(loss), as far as there are numbers."""
-    return math.exp(min(loss, 700.0))
-
-
-def shorten(name: str, limit: int) -> str:
-    """Return what XML can hold of a name, and no more columns of it than limit."""
+def shorten(name: str) -> str:
+    """Return at most 16 characters of a name, all of which XML can hold."""
     name = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in name)
-    widths = [1 + (unicodedata.east_asian_width(char) in "WF") for char in name]
 
-    if sum(widths) <= limit:
-        return name
-
-    kept = sum(sum(widths[: end + 1]) < limit for end in range(len(name)))
-
-    return f"{name[:kept]}…"
+    return name if len(name) <= 16 else f"{name[:15]}…"
 
 
-# --- SVG ---
+@contextlib.contextmanager
+def settings() -> Iterator[None]:
+    """Make matplotlib draw by SETTINGS alone, whatever a matplotlibrc says.
 
-
-def document(head: str, parts: list[str], description: str, height: int = HEIGHT) -> str:
-    """Return a picture with its title, its colours and its parts.
-
-    Args:
-        description: for who cannot see it.
+    Its warnings, of the cache of fonts or of missing glyphs, are silenced.
     """
-    light, dark = (
-        "".join(f".{name}{{color:{pair[theme]}}}" for name, pair in COLORS.items())
-        + f"svg{{background:{COLORS['paper'][theme]}}}"
-        for theme in (0, 1)
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import matplotlib.style
+
+        with matplotlib.style.context(["default", SETTINGS]):
+            yield
+
+
+def to_svg(figure, title: str) -> str:
+    """Return a figure in colors of LIGHT as an SVG document that is readable in light and dark."""
+    file = io.StringIO()
+    figure.savefig(file, format="svg", metadata={"Title": title, "Creator": None, "Date": None})
+    light_paper, dark_paper = COLORS["paper"]
+    dark_rules = "".join(
+        f'[style*="{name}: {light}"]{{{name}:{dark}!important}}'
+        for light, dark in COLORS.values()
+        for name in ("fill", "stroke")
     )
-    plot_height = BOTTOM - TOP
-
-    return "\n".join(
-        [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img"'
-            ' aria-labelledby="title desc">',
-            f'<title id="title">{escape(head)}</title>',
-            f'<desc id="desc">{escape(description)}</desc>',
-            f"<style>\n{light}\n@media (prefers-color-scheme:dark){{{dark}}}\n{RULES}\n</style>",
-            f'<clipPath id="plot"><path d="M{LEFT - 5} {TOP}h{RIGHT - LEFT + 10}v{plot_height + 5}'
-            f'H{LEFT - 5}z"/></clipPath>',
-            f'<rect class="paper" width="{WIDTH}" height="{height}"/>',
-            text(16, 30, head, "ink head"),
-            *parts,
-            "</svg>\n",
-        ]
-    )
-
-
-def text(x: float, y: float, content: str, style: str, anchor: str = "start") -> str:
-    return (
-        f'<text class="{style}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">'
-        f"{escape(content)}</text>"
+    style = (
+        f"<style>text{{font-family:{FONTS}!important}}svg{{background:{light_paper}}}"
+        f"@media (prefers-color-scheme:dark){{svg{{background:{dark_paper}}}{dark_rules}}}</style>"
     )
 
-
-def rule(x1: float, y1: float, x2: float, y2: float, style: str) -> str:
-    return f'<line class="{style}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
+    return file.getvalue().replace("</svg>", f"{style}</svg>")

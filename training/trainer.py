@@ -25,9 +25,8 @@ from system.distributed import (
     shard_like,
 )
 from system.signals import Interrupted, StopSignal
-from training.metrics import SOURCE_LOSS
+from training.metrics import SOURCE_LOSS, perplexity
 from training.optimizers import Optimizers, Schedule
-from training.pictures import perplexity
 
 # The part of a process in an update: numbered micro-batches of token ids and targets, int64 (B, T).
 # Targets below 0 have no loss.
