@@ -204,7 +204,7 @@ def resolve_weights(weights: Sequence[float | None], num_tokens: Sequence[int]) 
     unweighted = sum(n for n, weight in zip(num_tokens, exact, strict=True) if weight is None)
 
     if not unweighted:
-        return [weight / given for weight in exact]
+        return [weight / given for weight in exact if weight is not None]
 
     if given >= 1:
         raise ValueError(

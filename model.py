@@ -46,6 +46,8 @@ class GPT(nn.Module):
 
         self.vocabulary_size = vocabulary_size
         self.block_size = block_size
+        self.embedding_dimensions = embedding_dimensions
+        self.num_attention_heads = num_attention_heads
         self.activation_checkpointing = False
         self.output_loss = OutputLoss()
 
@@ -142,16 +144,16 @@ class GPT(nn.Module):
         sqrt(D K), keeps up with token embeddings, which training moves further in a narrow model,
         see optimizers.step_factors.
         """
-        attention, positions = self.blocks[0].attention, self.position_embeddings.weight
-        num_dimensions = positions.size(1)
-        head_size = num_dimensions // attention.num_attention_heads
+        positions = self.position_embeddings.weight
+        num_dimensions = self.embedding_dimensions
+        head_size = num_dimensions // self.num_attention_heads
         frequencies = math.pi * (2 / self.block_size) ** torch.linspace(0, 1, head_size // 2)
         angles = torch.arange(self.block_size)[:, None] * frequencies  # (T, K / 2)
         scale = 25 * math.sqrt(2 / (num_dimensions * head_size))
         waves = torch.view_as_real(torch.polar(torch.full_like(angles, scale), angles)).flatten(1)
         positions[:, : waves.size(1)] = waves
 
-        attention.look_back(frequencies)
+        self.blocks[0].attention.look_back(frequencies)
 
     def crop(self, block_size: int) -> None:
         """Shorten the context: the positions beyond block_size are given up."""
@@ -174,9 +176,9 @@ class GPT(nn.Module):
     def num_parameters(self) -> int:
         """The number of trained weights: padded rows do not count, tied weights count once."""
         total = sum(parameter.numel() for parameter in self.parameters())
-        num_rows, embedding_dimensions = self.token_embeddings.weight.shape
+        num_padded = self.token_embeddings.num_embeddings - self.vocabulary_size
 
-        return total - (num_rows - self.vocabulary_size) * embedding_dimensions
+        return total - num_padded * self.embedding_dimensions
 
     def flops_per_token(self, num_tokens: int) -> int:
         """Count the operations to train on one token in a window of num_tokens tokens.
@@ -184,11 +186,12 @@ class GPT(nn.Module):
         6 for every weight that is multiplied (4 for a frozen one, which needs no gradient), and
         12 x T x D for every layer's attention (Chowdhery et al. 2022, appendix B).
         """
-        embedding_dimensions = self.token_embeddings.embedding_dim
         num_weights = self.num_parameters - self.position_embeddings.weight.numel()
         per_weight = 6 if self.token_embeddings.weight.requires_grad else 4
 
-        return per_weight * num_weights + 12 * len(self.blocks) * num_tokens * embedding_dimensions
+        per_layer = 12 * num_tokens * self.embedding_dimensions
+
+        return per_weight * num_weights + len(self.blocks) * per_layer
 
 
 class Block(nn.Module):

@@ -18,11 +18,11 @@ class KeyValueCache:
 
     def __init__(self, model: GPT, batch_size: int):
         weight = model.token_embeddings.weight
-        num_heads = model.blocks[0].attention.num_attention_heads
+        num_heads = model.num_attention_heads
         size = (len(model.blocks), 2, batch_size, num_heads, model.block_size)
 
         # Zeros, for what is masked is multiplied by zero, and that of a random number may be NaN.
-        storage = weight.new_zeros(*size, weight.size(1) // num_heads)
+        storage = weight.new_zeros(*size, model.embedding_dimensions // num_heads)
         self.layers = [LayerCache(self, keys_values) for keys_values in storage]
 
         # Of the tokens to be read next: where they are, how much of the cache they may see, and

@@ -109,7 +109,7 @@ def matmul_rate(device: torch.device, precision: str) -> float:
     left, right = (
         torch.randn(size, size, device=device).to(PRECISIONS[precision]) for _ in range(2)
     )
-    seconds = []
+    seconds: list[float] = []
 
     # The first few are slow while threads and caches warm up.
     while len(seconds) < 3 or sum(seconds) < 0.2:

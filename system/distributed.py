@@ -16,11 +16,14 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import islice
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeGuard, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
 
@@ -296,7 +299,7 @@ class World:
             for layer in layers:
                 fully_shard(layer, mesh=mesh)
 
-            return fully_shard(model, mesh=mesh)
+            return fully_shard(model, mesh=mesh)  # type: ignore[return-value]
 
         model.to(self.device)
 
@@ -356,7 +359,8 @@ class World:
         def find_lost(store: dist.Store) -> list[int]:
             return [r for r in range(self.size) if not store.check([f"alive/{r}"])]
 
-        numbers = ", ".join(map(str, self.ask_store(find_lost, [])))
+        nobody: list[int] = []
+        numbers = ", ".join(map(str, self.ask_store(find_lost, nobody)))
         lost = f"Process {numbers} of {self.size}" if numbers else "Another process"
 
         return f"{lost} ended or does not answer."
@@ -383,7 +387,7 @@ class World:
         return answers[0] if answers else default
 
 
-def is_sharded(value: object) -> bool:
+def is_sharded(value: object) -> "TypeGuard[DTensor]":
     """Tell whether this is a distributed tensor, without the second that importing these takes."""
     return hasattr(value, "full_tensor")
 

@@ -57,7 +57,8 @@ class Lock:
         self.heartbeat.start()
 
     def acquire(self, wait: bool, on_wait: Callable[[str], None]) -> None:
-        seen, since, is_waiting = (None, None), 0.0, False
+        seen: tuple[dict | None, int | None] = (None, None)
+        since, is_waiting = 0.0, False
 
         while not self.create():
             found = holder, _ = look(self.path)

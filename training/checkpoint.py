@@ -7,7 +7,6 @@ bytes are a checksum. The last file, the one before and the best by test loss st
 import contextlib
 import errno
 import hashlib
-import io
 import os
 import struct
 import time
@@ -16,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from os import PathLike
 from pathlib import Path
+from typing import IO
 
 import torch
 from torch import Tensor
@@ -225,7 +225,7 @@ class SummedFile:
         executor: sums up what is being written meanwhile.
     """
 
-    def __init__(self, file: io.BufferedIOBase, executor: ThreadPoolExecutor):
+    def __init__(self, file: IO[bytes], executor: ThreadPoolExecutor):
         self.file = file
         self.executor = executor
         self.checksum = 0
@@ -251,7 +251,7 @@ def comment_of(checksum: int) -> bytes:
 def write_archive(file: SummedFile, state: dict) -> None:
     """Write a state as torch.save does, and raise OSError where that hides one."""
     try:
-        torch.save(state, file)
+        torch.save(state, file)  # type: ignore[arg-type]
     except RuntimeError as error:
         # When a write fails, closing the archive fails in turn, and that is what comes out.
         if isinstance(error.__context__, OSError):
@@ -411,7 +411,7 @@ def fingerprint(weights: dict[str, Tensor]) -> str:
     for name in sorted(weights):
         weight = weights[name].detach().cpu().contiguous()
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        digest.update(weight.view(torch.uint8).numpy())
+        digest.update(weight.view(torch.uint8).numpy().data)
 
     return digest.hexdigest()
 

@@ -66,18 +66,18 @@ def add_lora(
     Raises:
         ValueError: when the rank is not between 1 and the width of the model.
     """
-    check_rank(rank, model.token_embeddings.embedding_dim)
+    check_rank(rank, model.embedding_dimensions)
     model.requires_grad_(False)
 
-    for name in linear_names(model):
+    for name, layer in linear_layers(model).items():
         parent, _, child = name.rpartition(".")
-        layer = LoraLinear(model.get_submodule(name), rank, alpha, dropout, dtype)
-        setattr(model.get_submodule(parent), child, layer)
+        adapted = LoraLinear(layer, rank, alpha, dropout, dtype)
+        setattr(model.get_submodule(parent), child, adapted)
 
 
-def linear_names(model: GPT) -> list[str]:
-    """Return the names of all linear layers; only blocks have any."""
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+def linear_layers(model: GPT) -> dict[str, nn.Linear]:
+    """Return all linear layers by their names; only blocks have any."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
 
 
 def check_rank(rank: int, embedding_dimensions: int) -> None:
@@ -96,10 +96,10 @@ def lora_state_dict(model: GPT) -> dict[str, Tensor]:
 
 def lora_shapes(model: GPT, rank: int) -> dict[str, tuple[int, int]]:
     """Return the shapes that the adapter of a model has, by the names of lora_state_dict."""
-    shapes = {}
+    shapes: dict[str, tuple[int, int]] = {}
 
-    for name in linear_names(model):
-        rows, columns = model.get_submodule(name).weight.shape
+    for name, layer in linear_layers(model).items():
+        rows, columns = layer.weight.shape
         shapes |= {f"{name}.lora_a": (rank, columns), f"{name}.lora_b": (rows, rank)}
 
     return shapes
@@ -120,7 +120,6 @@ def merge_lora(model: GPT, adapter: dict[str, Tensor], alpha: float) -> None:
     if {name: tuple(weight.shape) for name, weight in adapter.items()} != lora_shapes(model, rank):
         raise ValueError("The adapter has other layers or shapes than the model.")
 
-    for name in linear_names(model):
-        weight = model.get_submodule(name).weight
+    for name, layer in linear_layers(model).items():
         product = adapter[f"{name}.lora_b"].float() @ adapter[f"{name}.lora_a"].float()
-        weight.add_(product.to(weight), alpha=alpha)
+        layer.weight.add_(product.to(layer.weight), alpha=alpha)

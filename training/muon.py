@@ -3,7 +3,7 @@
 Axes of the tensors: N matrices, R rows, C columns.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ class Muon(Optimizer):
         self.dtype = dtype
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for matrix, update in self.updates(group["params"], group["momentum"]):
                 matrix.mul_(1 - group["lr"] * group["weight_decay"])
@@ -49,15 +49,15 @@ class Muon(Optimizer):
         self, matrices: Iterable[Tensor], momentum: float
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield matrices with their updates, of root mean square SIZE."""
-        for some in batches_of_one_shape(
-            [matrix for matrix in matrices if matrix.grad is not None]
-        ):
-            updates = self.update(some, [matrix.grad for matrix in some], momentum)
+        gradients = {matrix: matrix.grad for matrix in matrices if matrix.grad is not None}
+
+        for some in batches_of_one_shape(gradients):
+            updates = self.update(some, [gradients[matrix] for matrix in some], momentum)
 
             yield from zip(some, updates, strict=True)
 
     def update(
-        self, matrices: Sequence[Tensor], gradients: Sequence[Tensor], momentum: float
+        self, matrices: Sequence[Tensor], gradients: list[Tensor], momentum: float
     ) -> Tensor:
         """Return the updates of N matrices of one shape (R, C), as (N, R, C)."""
         states = [self.state[matrix] for matrix in matrices]
@@ -113,7 +113,7 @@ def orthogonalize(z: Tensor) -> Tensor:
     a, b, c = 3.4445, -4.7750, 2.0315
     shape = z.shape
     is_tall = z.size(-2) > z.size(-1)
-    add_product = torch.baddbmm
+    add_product: Callable[..., Tensor] = torch.baddbmm
 
     # For one matrix a CPU has a faster product.
     if len(z) == 1:

@@ -70,7 +70,7 @@ class Optimizers:
             {"params": weights, "weight_decay": decays[kind], "factor": factors.get(kind, 1.0)}
             for kind, weights in kinds.items()
         ]
-        options = {"betas": betas, "fused": world.device.type in ("cpu", "cuda")}
+        options: dict = {"betas": betas, "fused": world.device.type in ("cpu", "cuda")}
 
         if groups := [group for group in groups if group["params"]]:
             if self.is_shared:
@@ -81,7 +81,7 @@ class Optimizers:
     def unscale(self, scaler: torch.amp.GradScaler) -> None:
         for part in self.parts:
             if self.is_shared:
-                part.take_gradients()
+                part.take_gradients()  # type: ignore[attr-defined]
 
             scaler.unscale_(part)
 
@@ -163,7 +163,9 @@ def regroup(saved: dict, optimizer: Optimizer) -> dict:
 def weights_by_kind(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """Return the weights that are trained: hidden matrices, embeddings, positions and vectors."""
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    kinds = {kind: [] for kind in ("hidden", "embeddings", "positions", "vectors")}
+    kinds: dict[str, list[nn.Parameter]] = {
+        kind: [] for kind in ("hidden", "embeddings", "positions", "vectors")
+    }
 
     for name, weight in model.named_parameters():
         if weight.requires_grad:
@@ -182,7 +184,7 @@ def weights_by_kind(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 def by_direction(model: nn.Module, matrices: Iterable[Tensor]) -> dict[str, list[Tensor]]:
     """Divide hidden matrices into those that write to the residual stream and the others."""
     writers = {id(w) for name, w in model.named_parameters() if name.endswith("output.weight")}
-    kinds = {"hidden": [], "residual": []}
+    kinds: dict[str, list[Tensor]] = {"hidden": [], "residual": []}
 
     for matrix in matrices:
         kinds["residual" if id(matrix) in writers else "hidden"].append(matrix)

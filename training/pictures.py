@@ -27,7 +27,7 @@ COLORS = {
 }
 LIGHT = {name: light for name, (light, _) in COLORS.items()}
 # Each color serves two sources; the line of the second one is dashed.
-SOURCE_STYLES = [
+SOURCE_STYLES: list[dict] = [
     {"color": color, "linestyle": dash, "linewidth": 1.8}
     for dash in ("-", "--")
     for name, color in LIGHT.items()

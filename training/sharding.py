@@ -5,7 +5,7 @@ imported here takes longer than a small model needs to answer.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -186,7 +186,7 @@ class ShardedMuon(Muon):
 
                 yield matrix, shard_like(update, matrix)
 
-    def empty(self, shape: Iterable[int], dtype: torch.dtype) -> Tensor:
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.world.device)
 
     def state_dict(self) -> dict:

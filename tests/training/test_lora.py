@@ -13,7 +13,7 @@ from model import GPT
 from training.lora import (
     LoraLinear,
     add_lora,
-    linear_names,
+    linear_layers,
     lora_shapes,
     lora_state_dict,
     merge_lora,
@@ -60,7 +60,7 @@ def tuned(base: GPT, **options) -> GPT:
 
 
 def test_every_linear_layer_of_the_blocks_is_adapted_and_no_other(base):
-    names = linear_names(base)
+    names = list(linear_layers(base))
     model = tuned(base)
 
     assert len(names) == 2 * 4
