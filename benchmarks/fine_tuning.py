@@ -20,7 +20,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from data import InstructionBatches
 from model import GPT
 from system.devices import (
     PRECISIONS,
@@ -33,7 +32,8 @@ from system.devices import (
 from system.distributed import World
 from system.memory import peak_memory
 from text.rows import StandardLibraryFunctions, load_examples
-from trainers import make_trainer, never
+from trainers import make_trainer
+from training.instruction_data import InstructionData
 from training.lora import add_lora
 
 BLOCK_SIZE, BATCH_SIZE, RANK, ALPHA = 512, 4, 8, 2.0
@@ -42,7 +42,7 @@ BLOCK_SIZE, BATCH_SIZE, RANK, ALPHA = 512, 4, 8, 2.0
 def steps(num_steps: int, is_grouped: bool) -> list:
     """Return batches of rows, of like length or as they come."""
     examples = load_examples(StandardLibraryFunctions(), BLOCK_SIZE, mask_input=True)
-    batches = InstructionBatches(examples.train, BATCH_SIZE, BLOCK_SIZE, seed=0)
+    batches = InstructionData("stdlib", examples, BATCH_SIZE, 1, BLOCK_SIZE, seed=0)
 
     if not is_grouped:
         batches.POOL = 1
@@ -60,7 +60,7 @@ def ours(device: torch.device, precision: str, use_compiler: bool):
     world = World(device=device)
     trainer = make_trainer(model, model, world, precision)
 
-    return lambda x, y: trainer.take_step([(0, x, y)], never())
+    return lambda x, y: trainer.take_step([(0, x, y)])
 
 
 def theirs(device: torch.device, precision: str):

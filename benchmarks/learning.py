@@ -44,7 +44,8 @@ from text import parts
 from text.preparation import Source, is_prepared, load_or_prepare, parse_source
 from text.token_files import SPLITS, TokenDataset, open_dataset, read_sidecar, token_path
 from text.tokenizer import END_OF_TEXT, PIECES, TOKEN_TYPE, VOCABULARY_SIZE, load_encoding
-from trainers import make_trainer, never
+from trainers import make_trainer
+from training.checkpoint import load_model
 from training.optimizers import Schedule
 
 BLOCK_SIZE, BATCH_SIZE = 256, 16
@@ -142,7 +143,7 @@ def ours(
         with open(metrics) as file:
             course = [float(row["train_loss"]) for row in csv.DictReader(file)]
 
-        return evaluate(GPT.load(checkpoint), data), course
+        return evaluate(load_model(checkpoint).eval(), data), course
 
 
 def nanogpt(
@@ -170,7 +171,7 @@ def nanogpt(
     for _ in range(num_steps):
         starts = random.integers(len(data.train) - BLOCK_SIZE, size=BATCH_SIZE)
         windows = np.stack([data.train[start : start + BLOCK_SIZE + 1] for start in starts])
-        losses.append(trainer.take_step([(trainer.step, *split_windows(windows))], never())[0])
+        losses.append(trainer.take_step([(trainer.step, *split_windows(windows))])[0])
 
     course = [statistics.mean(part) for part in zip(*[iter(losses)] * EPOCH, strict=False)]
 
@@ -182,9 +183,7 @@ def evaluate(model: GPT, data: TokenDataset) -> float:
     world = World(device=resolve_device(None))
     trainer = make_trainer(model.to(world.device), model, world, resolve_precision(world.device))
 
-    return trainer.evaluate(
-        EvaluationWindows(data.test, BLOCK_SIZE, None).batches(BATCH_SIZE), never()
-    )
+    return trainer.evaluate(EvaluationWindows(data.test, BLOCK_SIZE, None).batches(BATCH_SIZE))
 
 
 def spike(course: list[float]) -> float:

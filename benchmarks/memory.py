@@ -18,11 +18,11 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from model import GPT  # noqa: E402
-from system.devices import compile_model, tune_memory  # noqa: E402
+from system.devices import compile_model  # noqa: E402
 from system.distributed import World  # noqa: E402
-from system.memory import peak_memory  # noqa: E402
+from system.memory import peak_memory, tune_memory  # noqa: E402
 from text.tokenizer import VOCABULARY_SIZE  # noqa: E402
-from trainers import make_trainer, never  # noqa: E402
+from trainers import make_trainer  # noqa: E402
 
 PRESETS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 # For every dimension of a token, the bytes that a compiled layer with dropout keeps for its
@@ -135,7 +135,9 @@ def measure(args: argparse.Namespace) -> None:
     compile_model(model, world.device)
     trainer = make_trainer(model, network, world, args.precision, "muon")
     x = torch.randint(VOCABULARY_SIZE, (args.batch_size, args.block_size))
-    trainer.train_epoch(lambda number: [(number, x, x)], 2, never())
+
+    for number in range(2):
+        trainer.update([(number, x, x)])
 
     plan = Plan(
         sizes["embedding_dimensions"],

@@ -40,7 +40,7 @@ def ours(args: argparse.Namespace, optimizer: str) -> Callable[[], float]:
     from system.distributed import World
     from system.memory import tune_memory
     from text.tokenizer import VOCABULARY_SIZE
-    from trainers import make_trainer, never
+    from trainers import make_trainer
 
     if args.device == "cpu":
         tune_memory()
@@ -67,7 +67,7 @@ def ours(args: argparse.Namespace, optimizer: str) -> Callable[[], float]:
     x = torch.randint(VOCABULARY_SIZE, (args.batch_size, args.block_size))
     model.train()
 
-    return lambda: trainer.take_step([(0, x, x)], never())[0]
+    return lambda: trainer.take_step([(0, x, x)])[0]
 
 
 def nanogpt(args: argparse.Namespace, mode: str) -> Callable[[], float]:

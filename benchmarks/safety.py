@@ -25,7 +25,7 @@ from model import GPT
 from system.devices import resolve_device, resolve_precision
 from system.distributed import World
 from system.memory import tune_memory
-from trainers import make_trainer, never
+from trainers import make_trainer
 from training.checkpoint import CheckpointWriter, save_checkpoint, verify_checksum
 from training.trainer import Trainer
 
@@ -46,7 +46,7 @@ def save_plainly(path: Path, state: dict) -> None:
 
 def measure_saving(trainer: Trainer, repeats: int) -> dict:
     """Return medians in seconds, all of them measured in turns."""
-    state = {"model": trainer.model.state_dict(), **trainer.state_dict()}
+    state = trainer.state_dict()
     times = {name: [] for name in ("plain", "ours", "waiting", "behind", "reading")}
 
     with tempfile.TemporaryDirectory() as folder:
@@ -80,9 +80,9 @@ def measure_guards(trainer: Trainer, step: list, repeats: int) -> dict:
     def timed(guard: Callable) -> Callable:
         return lambda *args: spent.append(seconds(guard, *args))
 
-    trainer.check = timed(trainer.check)
+    trainer.check_signals = timed(trainer.check_signals)
     trainer.check_finite = timed(trainer.check_finite)
-    total = sum(seconds(trainer.take_step, step, never()) for _ in range(repeats))
+    total = sum(seconds(trainer.take_step, step) for _ in range(repeats))
 
     return {
         "guards_us_a_step": round(1e6 * sum(spent) / repeats, 1),
@@ -105,7 +105,7 @@ def main() -> None:
     trainer = make_trainer(model, model, world, resolve_precision(world.device), "muon")
     x = torch.randint(50257, (4, 64))
     step = [(number, x, x) for number in range(args.batches)]
-    trainer.take_step(step, never())
+    trainer.take_step(step)
 
     print(json.dumps(measure_saving(trainer, args.repeats)))
     print(json.dumps(measure_guards(trainer, step, args.repeats)))

@@ -1,4 +1,4 @@
-"""What the benchmarks train with: a Trainer at a constant rate, and a signal that never comes."""
+"""What the benchmarks train with: a Trainer at a constant rate."""
 
 import sys
 from pathlib import Path
@@ -7,16 +7,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from torch import nn  # noqa: E402
 
-from system.devices import product_format
+from system.devices import product_format  # noqa: E402
 from system.distributed import World  # noqa: E402
 from training.optimizers import Optimizers, Schedule  # noqa: E402
-from training.trainer import StopSignal, Trainer  # noqa: E402
+from training.trainer import Trainer  # noqa: E402
 
 
 def make_trainer(
     model: nn.Module, network: nn.Module, world: World, precision: str, optimizer: str = "adamw"
 ) -> Trainer:
-    """Return a trainer; network is the model, or what World.prepare has made of it."""
+    """Return a trainer; network is the model, or what World.wrap has made of it."""
     return Trainer(
         model,
         network,
@@ -28,10 +28,3 @@ def make_trainer(
         max_gradient_norm=1.0,
         peak_rate=1.0,
     )
-
-
-def never() -> StopSignal:
-    stop = StopSignal()
-    stop.number = None
-
-    return stop
