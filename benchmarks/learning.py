@@ -40,7 +40,8 @@ from model import GPT
 from system.devices import compile_model, resolve_device, resolve_precision, tune_memory
 from system.distributed import World
 from text import parts
-from text.preparation import Source, is_prepared, load_or_prepare, parse_source
+from text.preparation import is_prepared, load_or_prepare
+from text.sources import Source, parse_source
 from text.token_files import SPLITS, TokenDataset, open_dataset, read_sidecar, token_path
 from text.tokenizer import END_OF_TEXT, PIECES, TOKEN_TYPE, VOCABULARY_SIZE, load_encoding
 from trainers import make_trainer, never

@@ -19,7 +19,8 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
-from text.sources import READERS, Listing, one_line
+from text.errors import one_line
+from text.readers import READERS, Listing
 from text.tokenizer import DataError
 
 T = TypeVar("T")

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from system.files import write_whole
-from text.sources import Reader
+from text.readers import Reader
 from text.token_files import FORMAT_VERSION, SPLITS
 from text.tokenizer import END_OF_TEXT, TOKEN_TYPE, DataError, encode_documents
 

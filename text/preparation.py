@@ -30,9 +30,10 @@ from tqdm import tqdm
 
 from system.files import write_whole
 from system.locks import exclusive
-from text.hub import DamagedDownloadError, HubDataset
+from text.hub import DamagedDownloadError
 from text.parts import JoinedFiles, Journal, PartWriter
-from text.sources import Listing, Reader, StandardLibrary, TextFiles
+from text.readers import Listing, Reader
+from text.sources import Source
 from text.token_files import (
     FORMAT_VERSION,
     SPLITS,
@@ -50,49 +51,6 @@ UNIT_SIZE = 1 << 21
 # A process more than this many bytes of text pay for is not started.
 MIN_SIZE_PER_PROCESS = 1 << 24
 MAX_DOWNLOADS = 3
-
-Source = TextFiles | HubDataset
-
-
-def parse_source(value: str, excluded: tuple[Path, ...] = ()) -> tuple[Source, float | None]:
-    """Read SOURCE or SOURCE=WEIGHT as in `--dataset`.
-
-    Args:
-        excluded: folders that are no part of a folder of text.
-
-    Raises:
-        ValueError: when it names no source, or the weight is not a number above zero.
-    """
-    head, separator, tail = value.rpartition("=")
-    weight = None
-
-    if separator and not os.path.exists(value):
-        try:
-            weight = float(tail)
-        except ValueError:
-            raise ValueError(f"a weight must be a number, {tail} given") from None
-
-        if not 0 < weight < float("inf"):
-            raise ValueError(f"a weight must be above 0 and finite, {tail} given")
-
-        value = head
-
-    if value == "openwebtext":
-        return HubDataset("Skylion007/openwebtext", name="openwebtext"), weight
-
-    if value == "stdlib":
-        return StandardLibrary(), weight
-
-    if os.path.exists(value):
-        return TextFiles(Path(value), excluded), weight
-
-    if dataset := HubDataset.parse(value):
-        return dataset, weight
-
-    raise ValueError(
-        f"{value or 'nothing'} is neither openwebtext, stdlib, a file or folder that is there,"
-        " nor owner/name"
-    )
 
 
 def load_or_prepare(source: Source, folder: Path, num_processes: int) -> TokenDataset:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from data import EvaluationWindows, SampleStream, resolve_weights
 from system.distributed import World
-from text.preparation import Source, load_or_prepare, parse_source
+from text.preparation import load_or_prepare
+from text.sources import Source, parse_source
 from text.token_files import TokenDataset
 from text.tokenizer import DataError
 from training.pictures import perplexity

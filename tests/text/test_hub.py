@@ -34,14 +34,14 @@ SCRIPT = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-from text import hub, preparation
+from text import hub, preparation, sources
 
 hub.RETRY_PAUSES = hub.FIRST_RETRY_PAUSES = (0.01, 0.02, 0.04)
 preparation.MIN_SIZE_PER_PROCESS = 1
 preparation.UNIT_SIZE = 1
 
 if __name__ == "__main__":
-    source, _ = preparation.parse_source(sys.argv[1])
+    source, _ = sources.parse_source(sys.argv[1])
 
     try:
         preparation.load_or_prepare(source, Path(sys.argv[2]), int(sys.argv[3]))
