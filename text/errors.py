@@ -1,6 +1,7 @@
 """Turns what goes wrong with data into one line for the user."""
 
 import contextlib
+import errno
 from collections.abc import Iterator
 
 from text.tokenizer import DataError
@@ -24,3 +25,12 @@ def one_line(error: object, max_size: int = 240) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
 
     return (text[: max_size - 1] + "…" if len(text) > max_size else text).rstrip(".")
+
+
+def is_full_disk(error: Exception) -> bool:
+    """Tell whether a disk, or what a user may have of it, is full."""
+    return isinstance(error, OSError) and error.errno in (
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EFBIG,
+    )

@@ -9,7 +9,6 @@ number of restarts, ends with the same bytes.
 
 import collections
 import contextlib
-import errno
 import functools
 import itertools
 import json
@@ -30,7 +29,7 @@ from tqdm import tqdm
 
 from system.files import write_whole
 from system.locks import exclusive
-from text.hub import DamagedDownloadError
+from text.errors import is_full_disk
 from text.parts import JoinedFiles, Journal, PartWriter
 from text.readers import Listing, Reader
 from text.sources import Source
@@ -50,7 +49,8 @@ from text.tokenizer import ENCODING, DataError
 UNIT_SIZE = 1 << 21
 # A process more than this many bytes of text pay for is not started.
 MIN_SIZE_PER_PROCESS = 1 << 24
-MAX_DOWNLOADS = 3
+# How the name of a folder ends that a file of the Hub is in while it is read.
+DOWNLOAD = ".download"
 
 
 def load_or_prepare(source: Source, folder: Path, num_processes: int) -> TokenDataset:
@@ -99,6 +99,7 @@ def prepare(source: Source, folder: Path, num_processes: int) -> None:
                 tell_change(source, folder)
                 shutil.rmtree(finished_path(parts), ignore_errors=True)
                 parts.mkdir(exist_ok=True)
+                remove_downloads(parts)
                 prepare_parts(source, parts, num_processes)
 
                 if not is_held():
@@ -106,14 +107,19 @@ def prepare(source: Source, folder: Path, num_processes: int) -> None:
 
                 publish(parts, folder, source.name)
     except OSError as error:
-        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        cure = "Make room" if is_full else "Choose another --dataset_path"
+        cure = "Make room" if is_full_disk(error) else "Choose another --dataset_path"
         kept = f"; what is whole is kept in {parts}, the same command goes on with it"
 
         raise DataError(
             f"{error.filename or folder} cannot be written: {error.strerror}."
             f" {cure}{kept if parts.is_dir() else ''}."
         ) from error
+
+
+def remove_downloads(parts: Path) -> None:
+    """Remove the downloads that a killed preparation has left."""
+    for folder in parts.glob(f"*{DOWNLOAD}"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def tell_change(source: Source, folder: Path) -> None:
@@ -357,24 +363,17 @@ def hold_lifeline(lifeline) -> None:
 
 
 def tokenize_unit(parts: Path, unit: Unit) -> dict:
-    """Write the parts of a unit of work, after a damaged download once more.
+    """Write the parts of a unit of work.
 
     Returns:
         Its key, its parts as PartWriter makes them, whether its file has ended, and how many bytes
         of all files are behind it.
     """
-    for _ in range(MAX_DOWNLOADS - 1):
-        with contextlib.suppress(DamagedDownloadError):
-            return tokenize_unit_once(parts, unit)
-
-    return tokenize_unit_once(parts, unit)
-
-
-def tokenize_unit_once(parts: Path, unit: Unit) -> dict:
     writer = PartWriter(parts, unit.key)
 
     if unit.chunk is None:
-        ended, position = tokenize_files(unit.files, writer)
+        download = parts / f"{unit.key}{DOWNLOAD}"
+        ended, position = tokenize_files(unit.files, writer, download)
     else:
         ended, position = tokenize_chunk(unit.files[0], unit.chunk, writer)
 
@@ -388,17 +387,21 @@ def tokenize_unit_once(parts: Path, unit: Unit) -> dict:
     }
 
 
-def tokenize_files(files: tuple, writer: "PartWriter") -> tuple[bool, int]:
-    """Tokenize whole files; return, as tokenize_chunk does, that they have ended and their size."""
+def tokenize_files(files: tuple, writer: PartWriter, download: Path) -> tuple[bool, int]:
+    """Tokenize whole files; return, as tokenize_chunk does, that they have ended and their size.
+
+    Args:
+        download: a folder for files that are not on this disk, one at a time.
+    """
     for file in files:
-        with Reader(file) as reader:
+        with file.on_disk(download) as local, Reader(local) as reader:
             while not reader.is_finished:
                 writer.add(file, reader.chunk())
 
     return True, sum(file.size for file in files)
 
 
-def tokenize_chunk(file, chunk: int, writer: "PartWriter") -> tuple[bool, int]:
+def tokenize_chunk(file, chunk: int, writer: PartWriter) -> tuple[bool, int]:
     """Tokenize one chunk of a file; return whether it has ended and how far it has been read."""
     try:
         reader = open_reader(file)

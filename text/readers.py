@@ -47,6 +47,7 @@ class LocalFile:
         size: in bytes, as stored.
         kind: text, json (a row a line), csv or parquet.
         is_cut: whether plain text is many documents, and not one.
+        origin: what messages call it; by default its path.
     """
 
     path: Path
@@ -54,6 +55,7 @@ class LocalFile:
     size: int
     kind: str
     is_cut: bool = False
+    origin: str = ""
 
     @property
     def is_divisible(self) -> bool:
@@ -61,15 +63,14 @@ class LocalFile:
         # To be read at all, packed parquet has to be unpacked whole.
         return self.kind != "parquet" or not is_packed(self.path.name)
 
-    def open(self) -> BinaryIO:
-        return open(self.path, "rb")
-
-    def check(self, _: BinaryIO) -> None:
-        """Do nothing: a disk gives what it holds, or an error."""
+    @contextlib.contextmanager
+    def on_disk(self, _: Path) -> Iterator["LocalFile"]:
+        """Yield the file itself; a file of the Hub is downloaded for it."""
+        yield self
 
     @property
     def description(self) -> str:
-        return without_surrogates(str(self.path))
+        return self.origin or without_surrogates(str(self.path))
 
 
 @dataclass(frozen=True)
@@ -161,15 +162,9 @@ class Reader:
         self.row = 0
         self.is_finished = False
 
-        with self.reported_errors():
-            self.raw = file.open()
-            # Kept here: what is collected closes the file below it.
-            self.buffered = self.raw
-
-            if isinstance(self.raw, io.RawIOBase):
-                self.buffered = io.BufferedReader(self.raw, 1 << 20)
-
-            self.content = decompress(self.buffered, file.path.name)
+        with reported_errors(file.description):
+            self.raw = open(file.path, "rb")  # noqa: SIM115
+            self.content = decompress(self.raw, file.path.name)
             self.blocks = READERS[file.kind](self.content, file, columns, is_text)
 
     def __enter__(self) -> "Reader":
@@ -200,19 +195,18 @@ class Reader:
     def rows(self) -> Iterator[Row]:
         """Yield the rows of the next chunk; none behind the last."""
         for block in self.skip():
-            with self.reported_errors():
+            with reported_errors(self.file.description):
                 yield from block.rows()
 
     def skip(self) -> list[Block]:
         """Return the next chunk as it is; most of the work is to decode it."""
         blocks, size = [], 0
 
-        with self.reported_errors():
+        with reported_errors(self.file.description):
             while size < self.CHUNK_SIZE:
                 block = next(self.blocks, None)
 
                 if block is None:
-                    self.file.check(self.raw)
                     self.is_finished = True
                     break
 
@@ -223,20 +217,6 @@ class Reader:
         self.number += 1
 
         return blocks
-
-    @contextlib.contextmanager
-    def reported_errors(self) -> Iterator[None]:
-        with reported_errors(self.file.description):
-            try:
-                yield
-            except DataError:
-                raise
-            except Exception:
-                # It may be that it only came to us damaged.
-                if hasattr(self, "raw"):
-                    self.file.check(self.raw)
-
-                raise
 
 
 def document_of(row: dict | ValueError | None) -> str | None:
