@@ -19,7 +19,8 @@ from typing import TypeVar
 from tqdm import tqdm
 
 from text.errors import is_full_disk, one_line
-from text.readers import READERS, Listing, LocalFile
+from text.local_files import Listing, LocalFile
+from text.readers import READERS
 from text.tokenizer import DataError
 
 T = TypeVar("T")
@@ -37,11 +38,11 @@ PARQUET_REVISION = "refs/convert/parquet"
 
 
 class DamagedDownloadError(Exception):
-    """What came over the network is not what the Hub holds."""
+    """A downloaded file is not the one that the Hub has."""
 
 
 class UnreachableError(Exception):
-    """There is no way to the Hub, for now."""
+    """The Hub cannot be reached at the moment."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class HubDataset:
         """Yield the rows of the split `train`, kept by `datasets` in its cache on the disk.
 
         Args:
-            columns: the names of those that are of use; not all need be there.
+            columns: the names of the columns to read; some may be missing.
 
         Raises:
             DataError: as listing.
@@ -123,7 +124,7 @@ class HubDataset:
 
                 dataset = insist(lambda: load(PARQUET_REVISION), self.description)
 
-            # What nobody asked for, such as pictures, need not be decoded.
+            # Other columns, such as pictures, are not decoded.
             yield from dataset.select_columns([c for c in dataset.column_names if c in columns])
 
     def info(self, revision: str | None):
@@ -253,7 +254,7 @@ class HubFile:
         from huggingface_hub.utils import disable_progress_bars
 
         disable_progress_bars()
-        # Some versions of the client's Xet library keep 10 GB of chunks in a cache of the user's.
+        # Some versions of hf_xet keep up to 10 GB of chunks in the cache of the user.
         os.environ.setdefault("HF_XET_CHUNK_CACHE_SIZE_BYTES", "0")
 
         try:
@@ -265,9 +266,9 @@ class HubFile:
                     self.digest,
                     repo_type="dataset",
                     local_dir=folder,
-                    # What is in the cache of other programs stays there.
+                    # Not the cache that other programs use.
                     cache_dir=folder,
-                    # The client then tells a failure at once, and `insist` tries again.
+                    # The client then raises a failure at once, and insist tries again.
                     force_download=True,
                 )
 
@@ -282,7 +283,7 @@ def download_model(repository: str, choose: Callable[[list[str]], list[str]]) ->
     """Download files of a model, and compare them with the checksums of the Hub.
 
     Args:
-        choose: of the names of all files returns those that are needed, which are in no folder.
+        choose: is given the names of all files, and returns those to download; none is in a folder.
 
     Returns:
         The folder that they are in.
@@ -363,9 +364,9 @@ def new_hash(digest: str, size: int):
 
 
 def insist(action: Callable[[], T], what: str, pauses: Sequence[float] | None = None) -> T:
-    """Call action until it succeeds, with growing pauses; a failure that will not pass is raised.
+    """Call action until it succeeds, with growing pauses; print a line for each failure.
 
-    The last failure is raised as well.
+    The last failure is raised, and at once one that another try cannot cure.
     """
     quiet_client()
 
@@ -383,7 +384,7 @@ def insist(action: Callable[[], T], what: str, pauses: Sequence[float] | None = 
 
 
 def is_passing(error: Exception) -> bool:
-    """Tell a busy server or a broken connection from a request that is wrong."""
+    """Whether another try may succeed: a busy server or a broken connection, no wrong request."""
     response = getattr(error, "response", None)
 
     if response is not None:
@@ -401,7 +402,7 @@ def is_passing(error: Exception) -> bool:
 
 
 def quiet_client() -> None:
-    """Keep the client's own remarks off the screen; insist says what matters."""
+    """Silence the client's own remarks; insist prints what matters."""
     from huggingface_hub.utils import logging
 
     logging.set_verbosity_error()

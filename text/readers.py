@@ -1,125 +1,31 @@
 """Reads rows out of files: JSON, CSV, parquet and plain text, packed or not, a chunk at a time.
 
-A row is a dict of its columns, the error that makes it unreadable, or None where there is none,
-such as a blank line. Documents to pre-train on are rows with a `text`; instructions are rows, too.
+A row is a dict of its columns, the error that makes it unreadable, or None for a blank line. Text
+to pre-train on comes as rows with a column `text`; instructions come as rows, too.
 """
 
-import bz2
-import codecs
-import contextlib
 import csv
 import functools
-import gzip
 import io
 import itertools
 import json
-import lzma
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from text.errors import reported_errors
-from text.tokenizer import DataError, without_surrogates
+from text.local_files import UTF16_MARKS, LocalFile, decompress, is_packed
+from text.tokenizer import DataError
 
-SUFFIXES = {".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".parquet": "parquet"}
-COMPRESSIONS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-
-# Row groups of parquet that are no larger than this many bytes are passed over unread.
+# Row groups of parquet up to this many bytes are skipped without reading them.
 MAX_LAZY_GROUP = 1 << 25
 
-# Plain text of more characters than this is cut into documents even where a file is one document.
+# A file of plain text that is longer, in characters, is cut into several documents.
 MAX_DOCUMENT = 1 << 22
 
 # The place of a row within its file, and the row.
 Row = tuple[str, dict | ValueError | None]
-
-
-@dataclass(frozen=True)
-class LocalFile:
-    """A file of rows.
-
-    Args:
-        name: with its row, the place of a document: the same wherever the source lies.
-        size: in bytes, as stored.
-        kind: text, json (a row a line), csv or parquet.
-        is_cut: whether plain text is many documents, and not one.
-        origin: what messages call it; by default its path.
-    """
-
-    path: Path
-    name: str
-    size: int
-    kind: str
-    is_cut: bool = False
-    origin: str = ""
-
-    @property
-    def is_divisible(self) -> bool:
-        """Tell whether several processes may read it, each on its own way through."""
-        # To be read at all, packed parquet has to be unpacked whole.
-        return self.kind != "parquet" or not is_packed(self.path.name)
-
-    @contextlib.contextmanager
-    def on_disk(self, _: Path) -> Iterator["LocalFile"]:
-        """Yield the file itself; a file of the Hub is downloaded for it."""
-        yield self
-
-    @property
-    def description(self) -> str:
-        return self.origin or without_surrogates(str(self.path))
-
-
-@dataclass(frozen=True)
-class Listing:
-    """The files of a source, and a text that is another one when they are."""
-
-    files: tuple
-    revision: str
-
-    @property
-    def size(self) -> int:
-        return sum(file.size for file in self.files)
-
-
-def kind_of(path: Path) -> str | None:
-    """Tell by its name how a file is read, or that it is text by its first bytes; None if not."""
-    if kind := kind_of_name(path.name):
-        return kind
-
-    with reported_errors(without_surrogates(str(path))), open(path, "rb") as raw:
-        head = decompress(raw, path.name).read(8192)
-
-    # As git does it: text holds no zero byte, unless it is UTF-16 and says so.
-    return "text" if b"\0" not in head or head.startswith(UTF16_MARKS) else None
-
-
-def kind_of_name(name: str) -> str | None:
-    path = Path(name.lower())
-
-    return SUFFIXES.get(Path(path.stem).suffix if is_packed(name) else path.suffix)
-
-
-def is_packed(name: str) -> bool:
-    return Path(name).suffix.lower() in (*COMPRESSIONS, ".zst")
-
-
-def decompress(file: BinaryIO, name: str) -> BinaryIO:
-    """Return what a file holds, by the suffix of its name."""
-    suffix = Path(name).suffix.lower()
-
-    if suffix in COMPRESSIONS:
-        return COMPRESSIONS[suffix](file)
-
-    if suffix == ".zst":
-        import pyarrow
-
-        return io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd"))
-
-    return file
 
 
 class Block(NamedTuple):
@@ -139,20 +45,20 @@ class Reader:
     """The rows of a file in order, a chunk at a time.
 
     A chunk is as many blocks as make CHUNK_SIZE, or the first that exceeds it. It depends on the
-    file alone, so that several processes can divide a file, each on its own way through.
+    file alone, so several processes can divide a file: each skips the chunks of the others.
 
     Args:
-        columns: the names of those that are of use; not all need be there.
-        is_text: whether rows are documents. A file without a column `text` is then refused, and
-            CSV is read as well as it can be; otherwise a malformed row of CSV is an error, and
-            JSON may be a list of rows.
+        columns: the names of the columns to read; some may be missing.
+        is_text: whether rows are documents. If so, a file without a column `text` is refused, and
+            malformed CSV is read as well as possible. If not, a malformed row of CSV is an error,
+            and JSON may be a list of rows.
 
     Raises:
         DataError: when the file is damaged, or not what its name says.
     """
 
     CHUNK_SIZE = 1 << 21
-    # What a row counts beside its text: also rows without one have to come to an end.
+    # Added to the size of every row: rows without text must fill a chunk, too.
     ROW_SIZE = 16
 
     def __init__(self, file: LocalFile, columns: Sequence[str] = ("text",), is_text: bool = True):
@@ -176,7 +82,7 @@ class Reader:
 
     @property
     def position(self) -> int:
-        """How many of the file's bytes have been read, about."""
+        """About how many bytes of the file have been read."""
         return self.file.size if self.is_finished else min(self.raw.tell(), self.file.size)
 
     def chunk(self) -> Iterator[tuple[int, str | None]]:
@@ -199,7 +105,7 @@ class Reader:
                 yield from block.rows()
 
     def skip(self) -> list[Block]:
-        """Return the next chunk as it is; most of the work is to decode it."""
+        """Return the next chunk without decoding it, which would be most of the work."""
         blocks, size = [], 0
 
         with reported_errors(self.file.description):
@@ -335,7 +241,7 @@ def decoded(content: bytes) -> str:
 
 
 def parse_json(text: str):
-    # Of numbers nothing is wanted, and those of thousands of digits are no whole ones.
+    # Numbers are not used, and Python refuses whole ones of thousands of digits.
     return json.loads(text, parse_int=float)
 
 
@@ -387,7 +293,7 @@ def read_parquet(
     import pyarrow.parquet
 
     if is_packed(file.path.name):
-        # Its contents are at the end of the file, and a packed one is read from its beginning.
+        # Its index is at the end of the file, and a packed file is read from its beginning.
         unpacked = tempfile.TemporaryFile()  # noqa: SIM115
         shutil.copyfileobj(content, unpacked)
         content = unpacked
@@ -405,11 +311,11 @@ def read_parquet(
 
     for group in range(table.num_row_groups):
         metadata = table.metadata.row_group(group)
-        # Of all columns: to ask for a single one of a damaged file may end the process.
+        # Of all columns: asking a damaged file for a single one can crash the process.
         size = metadata.total_byte_size
 
         if size + metadata.num_rows * Reader.ROW_SIZE <= MAX_LAZY_GROUP:
-            # Who passes over it need not even read it.
+            # Whoever skips it does not even read it.
             rows = functools.partial(group_rows, table, group, names, first)
             yield Block(metadata.num_rows, size, rows)
             first += metadata.num_rows

@@ -1,6 +1,6 @@
-"""Rows of instructions and answers: of the Hugging Face Hub, of your own files, and of Python.
+"""Loads instructions and answers from files, the Hub or the standard library, and splits them.
 
-A source yields rows with their places; what cannot be read as a row comes as the error that it is.
+A source yields rows with their places. A row that cannot be read is the error that says why.
 """
 
 import ast
@@ -15,7 +15,8 @@ from pathlib import Path
 from text.errors import one_line, reported_errors
 from text.hub import HubDataset
 from text.instructions import COLUMNS, Example, Turn, encode_turns, turns_of
-from text.readers import LocalFile, Reader, Row, kind_of_name
+from text.local_files import LocalFile, kind_of_name
+from text.readers import Reader, Row
 from text.sources import StandardLibrary
 from text.tokenizer import DataError, encode, without_surrogates
 
@@ -249,7 +250,7 @@ def load_examples(source: RowSource, block_size: int, mask_input: bool) -> Examp
         if example.is_cut:
             cut.append(place)
 
-        kept.append((place_hash(place), example))
+        kept.append((share_of(place), example))
 
     notes = [
         *note(malformed, "are malformed and left out"),
@@ -282,8 +283,8 @@ def has_answer(turns: list[Turn], example: Example) -> bool:
     return not example.is_cut or len(example.tokens) > len(encode(turns[0].prompt))
 
 
-def place_hash(place: str) -> float:
-    """Map a place to a number in [0, 1) that looks random."""
+def share_of(place: str) -> float:
+    """Map a place to a pseudo-random number in [0, 1), which decides its split."""
     return int.from_bytes(hashlib.sha256(place.encode()).digest()[:8], "big") / 2**64
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from text.errors import reported_errors
 from text.hub import HubDataset
-from text.readers import Listing, LocalFile, kind_of
+from text.local_files import Listing, LocalFile, kind_of
 from text.tokenizer import DataError, without_surrogates
 
 NOT_MODULES = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -17,10 +17,10 @@ NOT_MODULES = {"test", "tests", "idle_test", "site-packages", "dist-packages", "
 
 @dataclass(frozen=True)
 class TextFiles:
-    """Your own text: a file, or all that is text below a folder, in sorted order.
+    """Text of your own: a file, or all files of text below a folder, in sorted order.
 
     Args:
-        excluded: folders that are passed over, such as those that a run writes to.
+        excluded: folders that are skipped, such as those that a run writes to.
     """
 
     path: Path
@@ -40,7 +40,7 @@ class TextFiles:
         return without_surrogates(str(self.path.resolve()))
 
     def is_read(self, name: str) -> bool:
-        """Tell whether a file or folder of this name is looked at."""
+        """Whether a file or folder of this name is read."""
         return not name.startswith(".")
 
     def paths(self) -> list[Path]:
@@ -87,7 +87,7 @@ class TextFiles:
         return f"{len(paths):,} files, {size:,} bytes, state {digest.hexdigest()[:16]}"
 
     def listing(self, _: str | None = None) -> Listing:
-        """Tell which files are read, and how; say which are passed over.
+        """List the files and how each is read; print which ones are skipped.
 
         Raises:
             DataError: when a file cannot be read, or is one and no text.
@@ -143,7 +143,7 @@ def parse_source(value: str, excluded: tuple[Path, ...] = ()) -> tuple[Source, f
     """Read SOURCE or SOURCE=WEIGHT as in `--dataset`.
 
     Args:
-        excluded: folders that are no part of a folder of text.
+        excluded: folders that are skipped in a folder of text.
 
     Raises:
         ValueError: when it names no source, or the weight is not a number above zero.

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -247,6 +248,10 @@ def test_the_download_of_a_killed_preparation_is_removed(tmp_path):
     with serve("Skylion007/openwebtext", SHARDS) as (endpoint, requests):
         killed = prepare("openwebtext", tmp_path, endpoint, patch=KILL_IN_SHARD)
         left = list((tmp_path / "dataset").rglob("*.parquet"))
+        # Another process was killed in the third file.
+        stray = tmp_path / "dataset" / "openwebtext.parts" / "00000002.download"
+        stray.mkdir()
+        (stray / "stray.parquet").touch()
         requests.clear()
         again = prepare("openwebtext", tmp_path, endpoint, patch=LISTING)
 
@@ -261,13 +266,35 @@ def test_the_download_of_a_killed_preparation_is_removed(tmp_path):
     assert prepared_documents(tmp_path) == sorted(TEXTS)
 
 
-def test_a_disk_that_is_full_of_downloads_is_one_line(tmp_path):
+def test_downloads_of_workers_that_are_given_up_are_removed(tmp_path):
+    """One process waits behind its download while another one fails."""
+    pause = """
+from text import hub
+hub.check_download = lambda path, digest: signal.pause()
+"""
+    first = list(SHARDS)[0]
+
+    def fail(path: str, _) -> str | None:
+        while path == first and not list((tmp_path / "dataset").rglob("*00001-of*.parquet")):
+            threading.Event().wait(0.01)
+
+        return "500" if path == first else None
+
+    with serve("Skylion007/openwebtext", SHARDS, fault=fail) as (endpoint, _):
+        result = prepare("openwebtext", tmp_path, endpoint, 2, pause)
+
+    assert result.stderr.splitlines()[-1].startswith(f"error: Skylion007/openwebtext/{first}")
+    assert not list(tmp_path.rglob("*.parquet"))
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_disk_that_is_full_of_downloads_is_one_line(tmp_path, num_processes):
     """Files may not grow beyond a limit, which stands in for the disk."""
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))"
     files = {"a.parquet": parquet(TEXTS), "b.parquet": parquet([random_text(1 << 17)])}
 
     with serve("someone/texts", files) as (endpoint, _):
-        result = prepare("someone/texts", tmp_path, endpoint, patch=limit)
+        result = prepare("someone/texts", tmp_path, endpoint, num_processes, limit)
 
     error = result.stderr.splitlines()[-1]
 

@@ -15,7 +15,7 @@ from conftest import ROOT, finish, launch, write_documents
 from token_folders import contents, documents_in
 
 from system import locks
-from text import parts, preparation, token_files
+from text import parts, preparation, token_files, workers
 from text.parts import JoinedFiles, place_hash
 from text.preparation import load_or_prepare
 from text.readers import Reader
@@ -234,9 +234,9 @@ def test_the_same_bytes_from_any_number_of_processes(large_text, tmp_path, monke
     monkeypatch.setattr(preparation, "MIN_SIZE_PER_PROCESS", 1 << 17)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     started = []
-    worker_processes = preparation.worker_processes
+    worker_processes = workers.worker_processes
     monkeypatch.setattr(
-        preparation, "worker_processes", lambda n: started.append(n) or worker_processes(n)
+        workers, "worker_processes", lambda n: started.append(n) or worker_processes(n)
     )
 
     for num_processes in (1, 2, 8):
