@@ -6,7 +6,6 @@ files of a model are kept in the cache that all of the Hub's clients share.
 
 import contextlib
 import hashlib
-import os
 import re
 import shutil
 import sys
@@ -33,6 +32,9 @@ TIMEOUT = 60
 
 PASSING_STATUSES = {408, 425, 429, 500, 502, 503, 504}
 NETWORK_PACKAGES = {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3"}
+
+# Larger files, in bytes, are not served over plain HTTP.
+MAX_HTTP_SIZE = 50 * 10**9
 
 PARQUET_REVISION = "refs/convert/parquet"
 
@@ -251,11 +253,12 @@ class HubFile:
             DataError: when the network fails, or gives another file, again and again.
             OSError: when the disk is full.
         """
+        from huggingface_hub import constants
         from huggingface_hub.utils import disable_progress_bars
 
         disable_progress_bars()
-        # Some versions of hf_xet keep up to 10 GB of chunks in the cache of the user.
-        os.environ.setdefault("HF_XET_CHUNK_CACHE_SIZE_BYTES", "0")
+        # hf_xet buffers gigabytes in every process, and may fill the user's cache.
+        constants.HF_HUB_DISABLE_XET = self.size <= MAX_HTTP_SIZE
 
         try:
             with hub_errors(self.description):
