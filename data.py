@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from system.distributed import World
-from text.preparation import Source, load_or_prepare, parse_source
+from text.preparation import load_or_prepare
+from text.sources import Source, parse_source
 from text.token_files import TokenDataset
 from text.tokenizer import TOKEN_TYPE, DataError, token_sizes
 

@@ -24,7 +24,7 @@ import sys
 sys.path.insert(0, {root!r})
 import json, resource, threading
 from pathlib import Path
-from text import preparation
+from text import preparation, sources
 
 folder = Path({folder!r}) / "dataset"
 
@@ -39,7 +39,7 @@ if __name__ == "__main__":
     stop, sizes = threading.Event(), [0]
     thread = threading.Thread(target=watch, args=(stop, sizes))
     thread.start()
-    source, _ = preparation.parse_source({text!r})
+    source, _ = sources.parse_source({text!r})
     dataset = preparation.load_or_prepare(source, folder, {num_processes})
     stop.set()
     thread.join()

@@ -20,7 +20,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from model import GPT
-from text.sources import Reader, TextFiles
+from text.readers import Reader
+from text.sources import TextFiles
 from text.tokenizer import ENCODING, DataError, encode
 from training.checkpoint import (
     CheckpointError,

@@ -1,25 +1,25 @@
-"""Datasets and models of the Hugging Face Hub: which files they are, over poor networks.
+"""Finds and downloads datasets and models of the Hugging Face Hub, over poor networks.
 
-Of a dataset nothing is kept on the disk: a file is read forwards, a window at a time, and hashed on
-the way. The files of a model are kept in the cache that all of the Hub's clients share.
+A file of a dataset is downloaded beside the token files, and removed when it has been read. The
+files of a model are kept in the cache that all of the Hub's clients share.
 """
 
 import contextlib
 import hashlib
-import io
 import re
+import shutil
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TypeVar
 
 from tqdm import tqdm
 
-from text.sources import READERS, Listing, one_line
+from text.errors import is_full_disk, one_line
+from text.local_files import Listing, LocalFile
+from text.readers import READERS
 from text.tokenizer import DataError
 
 T = TypeVar("T")
@@ -33,15 +33,18 @@ TIMEOUT = 60
 PASSING_STATUSES = {408, 425, 429, 500, 502, 503, 504}
 NETWORK_PACKAGES = {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3"}
 
+# Larger files, in bytes, are not served over plain HTTP.
+MAX_HTTP_SIZE = 50 * 10**9
+
 PARQUET_REVISION = "refs/convert/parquet"
 
 
-class DamagedDownloadError(DataError):
-    """What came over the network is not what the Hub holds."""
+class DamagedDownloadError(Exception):
+    """A downloaded file is not the one that the Hub has."""
 
 
-class UnreachableError(DataError):
-    """There is no way to the Hub, for now."""
+class UnreachableError(Exception):
+    """The Hub cannot be reached at the moment."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class HubDataset:
             DataError: when there is no such dataset, its format is none that is read here, or the
                 network fails again and again.
         """
-        with reported_errors(self.description):
+        with hub_errors(self.description):
             if revision and revision.startswith(f"{PARQUET_REVISION}@"):
                 return self.converted_listing(revision.partition("@")[2])
 
@@ -95,7 +98,7 @@ class HubDataset:
         """Yield the rows of the split `train`, kept by `datasets` in its cache on the disk.
 
         Args:
-            columns: the names of those that are of use; not all need be there.
+            columns: the names of the columns to read; some may be missing.
 
         Raises:
             DataError: as listing.
@@ -114,7 +117,7 @@ class HubDataset:
 
                 raise
 
-        with reported_errors(self.description):
+        with hub_errors(self.description):
             try:
                 dataset = insist(load, self.description, FIRST_RETRY_PAUSES)
             except RuntimeError as error:
@@ -123,7 +126,7 @@ class HubDataset:
 
                 dataset = insist(lambda: load(PARQUET_REVISION), self.description)
 
-            # What nobody asked for, such as pictures, need not be decoded.
+            # Other columns, such as pictures, are not decoded.
             yield from dataset.select_columns([c for c in dataset.column_names if c in columns])
 
     def info(self, revision: str | None):
@@ -216,28 +219,20 @@ class HubDataset:
         for path in paths:
             info = found[path]
 
-            yield HubFile(
-                self.repository,
-                revision,
-                PurePosixPath(path),
-                path,
-                info.size,
-                kind,
-                digest_of(info),
-            )
+            yield HubFile(self.repository, revision, path, info.size, kind, digest_of(info))
 
 
 @dataclass(frozen=True)
 class HubFile:
-    """A file of a source, as sources.LocalFile is.
+    """A file of a dataset, which is on the disk only while it is read.
 
     Args:
+        name, size, kind, is_cut, is_divisible: as LocalFile has them.
         digest: of the whole file, `sha256:` or `git:` (a blob's SHA-1) and hexadecimal digits.
     """
 
     repository: str
     revision: str
-    path: PurePosixPath
     name: str
     size: int
     kind: str
@@ -248,134 +243,50 @@ class HubFile:
 
     @property
     def description(self) -> str:
-        return f"{self.repository}/{self.path}"
+        return f"{self.repository}/{self.name}"
 
-    def check(self, stream: "HubStream") -> None:
-        """Read what is left of the file, and compare all of it with its digest.
+    @contextlib.contextmanager
+    def on_disk(self, folder: Path) -> Iterator[LocalFile]:
+        """Download the file into a folder of its own, which is removed afterwards.
 
         Raises:
-            DamagedDownloadError: when it is another one.
+            DataError: when the network fails, or gives another file, again and again.
+            OSError: when the disk is full.
         """
-        if stream.finish() != self.digest.partition(":")[2]:
-            raise DamagedDownloadError(
-                f"{self.description} does not have the checksum that the Hub gives for it."
-            )
+        from huggingface_hub import constants
+        from huggingface_hub.utils import disable_progress_bars
 
-    def open(self) -> "HubStream":
-        return HubStream(self)
+        disable_progress_bars()
+        # hf_xet buffers gigabytes in every process, and may fill the user's cache.
+        constants.HF_HUB_DISABLE_XET = self.size <= MAX_HTTP_SIZE
 
-    def fetch(self, start: int, end: int) -> bytes:
-        """Return the bytes from start to before end."""
-        from huggingface_hub import hf_hub_url
-        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
-
-        url = hf_hub_url(
-            self.repository, str(self.path), repo_type="dataset", revision=self.revision
-        )
-        headers = {**build_hf_headers(), "Range": f"bytes={start}-{end - 1}"}
-
-        def get() -> bytes:
-            response = get_session().get(url, headers=headers, timeout=TIMEOUT)
-            hf_raise_for_status(response)
-
-            if len(response.content) != end - start:
-                raise ConnectionError(
-                    f"{end - start:,} bytes were asked for, {len(response.content):,} came"
+        try:
+            with hub_errors(self.description):
+                path = download(
+                    self.repository,
+                    self.name,
+                    self.revision,
+                    self.digest,
+                    repo_type="dataset",
+                    local_dir=folder,
+                    # Not the cache that other programs use.
+                    cache_dir=folder,
+                    # The client then raises a failure at once, and insist tries again.
+                    force_download=True,
                 )
 
-            return response.content
-
-        with reported_errors(self.description):
-            return insist(get, self.description)
-
-
-class HubStream(io.RawIOBase):
-    """A file on the Hub, read forwards a window at a time; the next window comes meanwhile.
-
-    Reading from a window onwards goes through the hash. A read elsewhere, such as that of the
-    contents which parquet has at its end, is answered apart.
-    """
-
-    WINDOW = 1 << 23
-
-    def __init__(self, file: HubFile):
-        self.file = file
-        self.position = 0
-        self.start = 0
-        self.window = b""
-        self.upcoming: Future | None = None
-        self.digest = new_hash(file.digest, file.size)
-
-    @property
-    def end(self) -> int:
-        return self.start + len(self.window)
-
-    @property
-    def is_more(self) -> bool:
-        return self.end < self.file.size
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.file.size}
-        self.position = base[whence] + offset
-
-        return self.position
-
-    def readinto(self, buffer) -> int:
-        """Fill the buffer whole, or up to the end of the file."""
-        filled = 0
-
-        while filled < len(buffer) and self.position < self.file.size:
-            content = self.read_window(len(buffer) - filled)
-            buffer[filled : filled + len(content)] = content
-            self.position += len(content)
-            filled += len(content)
-
-        return filled
-
-    def read_window(self, size: int) -> bytes:
-        """Return size bytes from the position, or as many as are at hand."""
-        if self.end <= self.position < self.end + self.WINDOW:
-            self.advance()
-
-        if self.start <= self.position < self.end:
-            first = self.position - self.start
-
-            return self.window[first : first + size]
-
-        return self.file.fetch(self.position, min(self.position + size, self.file.size))
-
-    def advance(self) -> None:
-        """Take the next window, and send for the one behind it."""
-        window = self.upcoming.result() if self.upcoming else self.fetch_window(self.end)
-        self.start, self.window = self.end, window
-        self.digest.update(window)
-        self.upcoming = in_background(self.fetch_window, self.end) if self.is_more else None
-
-    def fetch_window(self, start: int) -> bytes:
-        return self.file.fetch(start, min(start + self.WINDOW, self.file.size))
-
-    def finish(self) -> str:
-        """Read up to the end of the file, and return the digest of all of it."""
-        while self.is_more:
-            self.advance()
-
-        return self.digest.hexdigest()
+            yield LocalFile(
+                path, self.name, self.size, self.kind, self.is_cut, origin=self.description
+            )
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def download_model(repository: str, choose: Callable[[list[str]], list[str]]) -> Path:
     """Download files of a model, and compare them with the checksums of the Hub.
 
     Args:
-        choose: of the names of all files returns those that are needed, which are in no folder.
+        choose: is given the names of all files, and returns those to download; none is in a folder.
 
     Returns:
         The folder that they are in.
@@ -383,9 +294,9 @@ def download_model(repository: str, choose: Callable[[list[str]], list[str]]) ->
     Raises:
         DataError: when there is no such model, choose raises, or the network fails again and again.
     """
-    from huggingface_hub import HfApi, constants, hf_hub_download
+    from huggingface_hub import HfApi, constants
 
-    with reported_errors(repository, "A folder that holds the model needs no network."):
+    with hub_errors(repository, "A folder that holds the model needs no network."):
         if constants.HF_HUB_OFFLINE:
             raise DataError("HF_HUB_OFFLINE is set")
 
@@ -398,18 +309,34 @@ def download_model(repository: str, choose: Callable[[list[str]], list[str]]) ->
         )
 
         for info in infos:
-            path = Path(
-                insist(
-                    lambda name=info.path: hf_hub_download(model.id, name, revision=model.sha),
-                    repository,
-                )
-            )
-            check_download(path, digest_of(info), f"{repository}/{info.path}")
+            path = download(model.id, info.path, model.sha, digest_of(info))
 
     return path.parent
 
 
-def check_download(path: Path, digest: str, what: str) -> None:
+def download(repository: str, name: str, revision: str, digest: str, **options) -> Path:
+    """Download a file, and compare it with its digest: the client compares the size alone.
+
+    Args:
+        options: as for hf_hub_download.
+    """
+    from huggingface_hub import hf_hub_download
+
+    def fetch() -> Path:
+        try:
+            path = Path(hf_hub_download(repository, name, revision=revision, **options))
+        except (ValueError, FileNotFoundError) as error:
+            # The reason is behind a sentence about the client's own cache.
+            raise (error.__cause__ or error) from None
+
+        check_download(path, digest)
+
+        return path
+
+    return insist(fetch, f"{repository}/{name}")
+
+
+def check_download(path: Path, digest: str) -> None:
     """Compare a file with its digest; remove it, and what it is a link to, if it is another one."""
     found = new_hash(digest, path.stat().st_size)
 
@@ -422,13 +349,12 @@ def check_download(path: Path, digest: str, what: str) -> None:
         path.unlink(missing_ok=True)
 
         raise DamagedDownloadError(
-            f"{what} does not have the checksum that the Hub gives for it, and is removed; the same"
-            " command downloads it again."
+            f"{path.name} does not have the checksum that the Hub gives for it, and is removed"
         )
 
 
 def digest_of(info) -> str:
-    """Return the digest that the Hub gives for a file, in the form that HubFile has."""
+    """Return the digest that the Hub gives for a file, in the form of HubFile."""
     return f"sha256:{info.lfs.sha256}" if info.lfs else f"git:{info.blob_id}"
 
 
@@ -440,25 +366,10 @@ def new_hash(digest: str, size: int):
     return hashlib.sha256()
 
 
-def in_background(action: Callable[..., T], *arguments) -> "Future[T]":
-    """Call action in a thread that keeps no program from ending, unlike those of a pool."""
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(action(*arguments))
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-
-    return future
-
-
 def insist(action: Callable[[], T], what: str, pauses: Sequence[float] | None = None) -> T:
-    """Call action until it succeeds, with growing pauses; a failure that will not pass is raised.
+    """Call action until it succeeds, with growing pauses; print a line for each failure.
 
-    The last failure is raised as well.
+    The last failure is raised, and at once one that another try cannot cure.
     """
     quiet_client()
 
@@ -476,34 +387,41 @@ def insist(action: Callable[[], T], what: str, pauses: Sequence[float] | None = 
 
 
 def is_passing(error: Exception) -> bool:
-    """Tell a busy server or a broken connection from a request that is wrong."""
+    """Whether another try may succeed: a busy server or a broken connection, no wrong request."""
     response = getattr(error, "response", None)
 
     if response is not None:
         return response.status_code in PASSING_STATUSES
 
+    # The client raises a bare OSError when a file ends too early.
+    is_short = type(error) is OSError and error.errno is None
     package = type(error).__module__.split(".")[0]
 
-    return isinstance(error, ConnectionError | TimeoutError) or package in NETWORK_PACKAGES
+    return (
+        isinstance(error, ConnectionError | TimeoutError | DamagedDownloadError)
+        or is_short
+        or package in NETWORK_PACKAGES
+    )
 
 
 def quiet_client() -> None:
-    """Keep the client's own remarks off the screen; insist says what matters."""
+    """Silence the client's own remarks; insist prints what matters."""
     from huggingface_hub.utils import logging
 
     logging.set_verbosity_error()
 
 
 @contextlib.contextmanager
-def reported_errors(
+def hub_errors(
     what: str, way_out: str = "--dataset=stdlib or a folder of your own needs no network."
 ) -> Iterator[None]:
-    """Turn whatever the client raises, dozens of types, into one line."""
+    """Turn whatever the client raises, dozens of types, into a DataError of one line."""
     try:
         yield
-    except DamagedDownloadError:
-        raise
     except Exception as error:
+        if is_full_disk(error):
+            raise
+
         is_for_now = is_passing(error) or isinstance(error, UnreachableError)
         again = " The same command goes on where this one stopped." if is_for_now else ""
 

@@ -1,4 +1,4 @@
-"""Instructions and answers: the forms of rows, and how a model is shown them."""
+"""Turns rows of instructions into what a model reads: forms of rows, templates, tokens."""
 
 import json
 import re

@@ -1,7 +1,7 @@
-"""Parts of a dataset under way: written, noted down and joined, so that a kill costs little.
+"""Writes parts of a dataset, lists them in a journal, and joins them: a kill costs little.
 
-A part is written whole and then noted in the journal. Once it is known how many documents are to be
-tested on, parts are appended to the two token files in their order, and deleted.
+A part is written whole, then listed in the journal. Once the share of documents to test on is
+known, parts are appended to the two token files in order, and deleted.
 """
 
 import bisect
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from system.files import write_whole
-from text.sources import Reader
+from text.readers import Reader
 from text.token_files import FORMAT_VERSION, SPLITS
 from text.tokenizer import END_OF_TEXT, TOKEN_TYPE, DataError, encode_documents
 

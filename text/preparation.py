@@ -1,28 +1,21 @@
-"""Text in, token files out: tokenized by several processes, restartable, whole or absent.
+"""Prepares a source: text in, token files out, by several processes, restartable.
 
     source -> files -> units of work -> parts, one per chunk of text -> two files
 
-Parts lie in NAME.parts, where a journal tells which units are done. Killed at any moment, the next
-preparation goes on with them. Parts depend on the text alone, so any number of processes, and any
-number of restarts, ends with the same bytes.
+Parts are in NAME.parts, where a journal lists the units that are done. After a kill at any moment
+the next preparation uses them. Parts depend on the text alone: any number of processes, and any
+number of restarts, makes the same bytes.
 """
 
-import collections
 import contextlib
-import errno
 import functools
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import shutil
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,9 +23,11 @@ from tqdm import tqdm
 
 from system.files import write_whole
 from system.locks import Lock
-from text.hub import DamagedDownloadError, HubDataset
+from text.errors import is_full_disk
+from text.local_files import Listing
 from text.parts import JoinedFiles, Journal, PartWriter
-from text.sources import Listing, Reader, StandardLibrary, TextFiles
+from text.readers import Reader
+from text.sources import Source
 from text.token_files import (
     FORMAT_VERSION,
     SPLITS,
@@ -44,59 +39,18 @@ from text.token_files import (
     token_path,
 )
 from text.tokenizer import ENCODING, DataError
+from text.workers import in_order
 
 # Files of at most so many bytes together are one unit of work.
 UNIT_SIZE = 1 << 21
-# A process more than this many bytes of text pay for is not started.
+# Bytes of text that make one more process worth starting.
 MIN_SIZE_PER_PROCESS = 1 << 24
-MAX_DOWNLOADS = 3
-
-Source = TextFiles | HubDataset
-
-
-def parse_source(value: str, excluded: tuple[Path, ...] = ()) -> tuple[Source, float | None]:
-    """Read SOURCE or SOURCE=WEIGHT as in `--dataset`.
-
-    Args:
-        excluded: folders that are no part of a folder of text.
-
-    Raises:
-        ValueError: when it names no source, or the weight is not a number above zero.
-    """
-    head, separator, tail = value.rpartition("=")
-    weight = None
-
-    if separator and not os.path.exists(value):
-        try:
-            weight = float(tail)
-        except ValueError:
-            raise ValueError(f"a weight must be a number, {tail} given") from None
-
-        if not 0 < weight < float("inf"):
-            raise ValueError(f"a weight must be above 0 and finite, {tail} given")
-
-        value = head
-
-    if value == "openwebtext":
-        return HubDataset("Skylion007/openwebtext", name="openwebtext"), weight
-
-    if value == "stdlib":
-        return StandardLibrary(), weight
-
-    if os.path.exists(value):
-        return TextFiles(Path(value), excluded), weight
-
-    if dataset := HubDataset.parse(value):
-        return dataset, weight
-
-    raise ValueError(
-        f"{value or 'nothing'} is neither openwebtext, stdlib, a file or folder that is there,"
-        " nor owner/name"
-    )
+# The suffix of folders that hold a file of the Hub while it is read.
+DOWNLOAD = ".download"
 
 
 def load_or_prepare(source: Source, folder: Path, num_processes: int) -> TokenDataset:
-    """Map the token files of a source into memory, after making them where there are none.
+    """Map the token files of a source into memory; make them first if there are none.
 
     Raises:
         DataError: when files do not match what is written about them, or the source is unfit.
@@ -109,7 +63,7 @@ def load_or_prepare(source: Source, folder: Path, num_processes: int) -> TokenDa
 
 
 def is_prepared(source: Source, folder: Path) -> bool:
-    """Tell whether there are token files of this very text; the Hub is not asked."""
+    """Whether there are token files of just this text; the Hub is not asked."""
     path = folder / f"{source.name}.json"
 
     if not path.exists():
@@ -141,15 +95,16 @@ def prepare(source: Source, folder: Path, num_processes: int) -> None:
                 tell_change(source, folder)
                 shutil.rmtree(finished_path(parts), ignore_errors=True)
                 parts.mkdir(exist_ok=True)
-                prepare_parts(source, parts, num_processes)
+
+                with no_downloads_left(parts):
+                    prepare_parts(source, parts, num_processes)
 
                 if not lock.is_held():
                     raise DataError(f"{source.name}: another process has taken this over.")
 
                 publish(parts, folder, source.name)
     except OSError as error:
-        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        cure = "Make room" if is_full else "Choose another --dataset_path"
+        cure = "Make room" if is_full_disk(error) else "Choose another --dataset_path"
         kept = f"; what is whole is kept in {parts}, the same command goes on with it"
 
         raise DataError(
@@ -158,8 +113,24 @@ def prepare(source: Source, folder: Path, num_processes: int) -> None:
         ) from error
 
 
+@contextlib.contextmanager
+def no_downloads_left(parts: Path) -> Iterator[None]:
+    """Remove downloads: before, those of a killed preparation, and after, those of this one."""
+
+    def remove() -> None:
+        for folder in parts.glob(f"*{DOWNLOAD}"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    remove()
+
+    try:
+        yield
+    finally:
+        remove()
+
+
 def tell_change(source: Source, folder: Path) -> None:
-    """Say why a source is prepared that was prepared before."""
+    """Print why a source is prepared again."""
     path = folder / f"{source.name}.json"
 
     if path.exists():
@@ -172,7 +143,7 @@ def tell_change(source: Source, folder: Path) -> None:
 
 
 def prepare_parts(source: Source, parts: Path, num_processes: int) -> None:
-    """Leave both token files and their sidecar in the folder of parts.
+    """Make both token files and their sidecar in the folder of parts.
 
     Parts are joined as they come, once the share to test on is known, and deleted.
     """
@@ -319,104 +290,18 @@ def tokenize(
             yield
 
 
-def in_order(
-    work: Callable[[Unit], dict], items: Iterable[Unit], done: dict[str, dict], num_workers: int
-) -> Iterator[tuple[Unit, dict]]:
-    """Yield each unit with its result, in order; what is done is not done again."""
-    if num_workers == 1:
-        for unit in items:
-            yield unit, done.get(unit.key) or work(unit)
-
-        return
-
-    pending: collections.deque[tuple[Unit, dict | Future]] = collections.deque()
-
-    def next_result() -> tuple[Unit, dict]:
-        unit, result = pending.popleft()
-
-        return unit, result.result() if isinstance(result, Future) else result
-
-    try:
-        with worker_processes(num_workers) as pool:
-            for unit in items:
-                with blocked_interrupts():
-                    pending.append((unit, done.get(unit.key) or pool.submit(work, unit)))
-
-                if len(pending) == 3 * num_workers:
-                    yield next_result()
-
-            while pending:
-                yield next_result()
-    except BrokenProcessPool as error:
-        raise DataError(
-            "A process that tokenizes was killed, for lack of memory or by a damaged file. The"
-            " same command goes on; lower --num_dataset_processes."
-        ) from error
-
-
-@contextlib.contextmanager
-def worker_processes(number: int) -> Iterator[ProcessPoolExecutor]:
-    """Start processes that end with this one, however it ends, and when the work is given up."""
-    context = multiprocessing.get_context("spawn")
-    lifeline, held = context.Pipe(duplex=False)
-
-    with (
-        lifeline,
-        held,
-        ProcessPoolExecutor(
-            number, mp_context=context, initializer=hold_lifeline, initargs=(lifeline,)
-        ) as pool,
-    ):
-        try:
-            yield pool
-        except BaseException:
-            held.close()
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-@contextlib.contextmanager
-def blocked_interrupts() -> Iterator[None]:
-    """Start processes that no Ctrl-C reaches, as it does all of a terminal: this one decides."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def hold_lifeline(lifeline) -> None:
-    """Leave at once when the other end of a pipe is closed, be it by a kill."""
-
-    def wait() -> None:
-        with contextlib.suppress(EOFError, OSError):
-            lifeline.recv_bytes()
-
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
 def tokenize_unit(parts: Path, unit: Unit) -> dict:
-    """Write the parts of a unit of work, after a damaged download once more.
+    """Write the parts of a unit of work.
 
     Returns:
         Its key, its parts as PartWriter makes them, whether its file has ended, and how many bytes
         of all files are behind it.
     """
-    for _ in range(MAX_DOWNLOADS - 1):
-        with contextlib.suppress(DamagedDownloadError):
-            return tokenize_unit_once(parts, unit)
-
-    return tokenize_unit_once(parts, unit)
-
-
-def tokenize_unit_once(parts: Path, unit: Unit) -> dict:
     writer = PartWriter(parts, unit.key)
 
     if unit.chunk is None:
-        ended, position = tokenize_files(unit.files, writer)
+        download = parts / f"{unit.key}{DOWNLOAD}"
+        ended, position = tokenize_files(unit.files, writer, download)
     else:
         ended, position = tokenize_chunk(unit.files[0], unit.chunk, writer)
 
@@ -430,17 +315,21 @@ def tokenize_unit_once(parts: Path, unit: Unit) -> dict:
     }
 
 
-def tokenize_files(files: tuple, writer: "PartWriter") -> tuple[bool, int]:
-    """Tokenize whole files; return, as tokenize_chunk does, that they have ended and their size."""
+def tokenize_files(files: tuple, writer: PartWriter, download: Path) -> tuple[bool, int]:
+    """Tokenize whole files; return, as tokenize_chunk does, that they have ended and their size.
+
+    Args:
+        download: a folder for files that are not on this disk, one at a time.
+    """
     for file in files:
-        with Reader(file) as reader:
+        with file.on_disk(download) as local, Reader(local) as reader:
             while not reader.is_finished:
                 writer.add(file, reader.chunk())
 
     return True, sum(file.size for file in files)
 
 
-def tokenize_chunk(file, chunk: int, writer: "PartWriter") -> tuple[bool, int]:
+def tokenize_chunk(file, chunk: int, writer: PartWriter) -> tuple[bool, int]:
     """Tokenize one chunk of a file; return whether it has ended and how far it has been read."""
     try:
         reader = open_reader(file)
@@ -463,5 +352,5 @@ def tokenize_chunk(file, chunk: int, writer: "PartWriter") -> tuple[bool, int]:
 
 @functools.lru_cache(maxsize=1)
 def open_reader(file) -> Reader:
-    """Keep the file open that this process is at: it is given later and later chunks of it."""
+    """Keep one file open: a process is given later and later chunks of it."""
     return Reader(file)

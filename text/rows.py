@@ -1,31 +1,27 @@
-"""Rows of instructions and answers: of the Hugging Face Hub, of your own files, and of Python.
+"""Loads instructions and answers from files, the Hub or the standard library, and splits them.
 
-A source yields rows with their places; what cannot be read as a row comes as the error that it is.
+A source yields rows with their places. A row that cannot be read is the error that says why.
 """
 
 import ast
-import csv
 import functools
 import hashlib
-import io
-import json
 import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
+from text.errors import one_line, reported_errors
 from text.hub import HubDataset
 from text.instructions import COLUMNS, Example, Turn, encode_turns, turns_of
-from text.sources import StandardLibrary, decompress, kind_of_name, one_line, reported_errors
+from text.local_files import LocalFile, kind_of_name
+from text.readers import Reader, Row
+from text.sources import StandardLibrary
 from text.tokenizer import DataError, encode, without_surrogates
 
 # The share of the rows that is set aside to test on.
 TEST_SHARE = 0.1
-
-# The place of a row within its source, and its values by the names of their columns.
-Row = tuple[str, dict | ValueError]
 
 
 @dataclass(frozen=True)
@@ -44,8 +40,14 @@ class RowFile:
         Raises:
             DataError: when the file is damaged, or not what its name says.
         """
-        with reported_errors(self.description), open(self.path, "rb") as file:
-            yield from READERS[kind_of_rows(self.path.name)](decompress(file, self.path.name))
+        kind = kind_of_rows(self.path.name)
+
+        with reported_errors(self.description):
+            file = LocalFile(self.path, self.path.name, self.path.stat().st_size, kind)
+
+        with Reader(file, COLUMNS, is_text=False) as reader:
+            while not reader.is_finished:
+                yield from ((place, row) for place, row in reader.rows() if row is not None)
 
 
 class StandardLibraryFunctions:
@@ -142,69 +144,6 @@ def kind_of_rows(name: str) -> str | None:
         else kind
     )
 
-
-def read_json(content: BinaryIO) -> Iterator[Row]:
-    """Read a list of objects, or an object a line."""
-    text = content.read().decode("utf-8-sig", errors="replace")
-
-    if text.lstrip().startswith("["):
-        # Of numbers nothing is wanted, and those of thousands of digits are no whole ones.
-        for number, row in enumerate(json.loads(text, parse_int=float)):
-            yield f"row {number}", row
-
-        return
-
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield f"line {number}", parse_line(line)
-
-
-def parse_line(line: str) -> dict | ValueError:
-    try:
-        return json.loads(line, parse_int=float)
-    except (ValueError, RecursionError):
-        return ValueError("this is no JSON")
-
-
-def read_csv(content: BinaryIO) -> Iterator[Row]:
-    csv.field_size_limit(1 << 30)
-    lines = io.TextIOWrapper(content, "utf-8-sig", errors="replace", newline="")
-    rows = csv.DictReader(lines, strict=True)
-
-    while True:
-        try:
-            row: dict | ValueError | None = next(rows, None)
-        except csv.Error as error:
-            row = ValueError(str(error))
-
-        if row is None:
-            return
-
-        # What has no column, or no value, has None in its place.
-        if isinstance(row, dict) and (None in row or None in row.values()):
-            row = ValueError("it has not as many values as there are columns")
-
-        yield f"line {rows.line_num}", row
-
-
-def read_parquet(content: BinaryIO) -> Iterator[Row]:
-    import pyarrow.parquet
-
-    if not content.seekable():
-        content = io.BytesIO(content.read())
-
-    number = 0
-
-    table = pyarrow.parquet.ParquetFile(content)
-    columns = [name for name in table.schema_arrow.names if name in COLUMNS]
-
-    for batch in table.iter_batches(columns=columns):
-        for row in batch.to_pylist():
-            yield f"row {number}", row
-            number += 1
-
-
-READERS = {"json": read_json, "csv": read_csv, "parquet": read_parquet}
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -311,7 +250,7 @@ def load_examples(source: RowSource, block_size: int, mask_input: bool) -> Examp
         if example.is_cut:
             cut.append(place)
 
-        kept.append((place_hash(place), example))
+        kept.append((share_of(place), example))
 
     notes = [
         *note(malformed, "are malformed and left out"),
@@ -344,8 +283,8 @@ def has_answer(turns: list[Turn], example: Example) -> bool:
     return not example.is_cut or len(example.tokens) > len(encode(turns[0].prompt))
 
 
-def place_hash(place: str) -> float:
-    """Map a place to a number in [0, 1) that looks random."""
+def share_of(place: str) -> float:
+    """Map a place to a pseudo-random number in [0, 1), which decides its split."""
     return int.from_bytes(hashlib.sha256(place.encode()).digest()[:8], "big") / 2**64
 
 

@@ -1,4 +1,4 @@
-"""Token files on the disk: what is known about them, and whether they are right.
+"""Opens token files and their sidecar, and refuses them when they are damaged.
 
 NAME-train.bin and NAME-test.bin hold token ids (uint16, little-endian, no header), end-of-text
 behind every document. NAME.json describes both and is written last; without it there is no dataset.

@@ -2,8 +2,12 @@
 
 import json
 import os
+import random
+import re
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,9 +15,7 @@ from conftest import ROOT, finish, launch
 from hub_server import CONVERTED_COMMIT, parquet, serve
 from token_folders import contents, documents_in
 
-from text import hub
-from text.hub import HubFile, is_passing
-from text.tokenizer import DataError
+from text.hub import DamagedDownloadError, check_download, is_passing
 
 TEXTS = [f"document {row} of the web, {'word ' * (row % 50)}" for row in range(90)]
 SHARDS = {
@@ -31,17 +33,21 @@ configs:
 """
 
 SCRIPT = f"""
-import sys
+import os, signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-from text import hub, preparation
+from text import hub, preparation, sources
 
 hub.RETRY_PAUSES = hub.FIRST_RETRY_PAUSES = (0.01, 0.02, 0.04)
 preparation.MIN_SIZE_PER_PROCESS = 1
 preparation.UNIT_SIZE = 1
+# The client itself waits a second before it asks for the rest of a file.
+time.sleep = lambda seconds: None
+
+# Faults
 
 if __name__ == "__main__":
-    source, _ = preparation.parse_source(sys.argv[1])
+    source, _ = sources.parse_source(sys.argv[1])
 
     try:
         preparation.load_or_prepare(source, Path(sys.argv[2]), int(sys.argv[3]))
@@ -50,12 +56,16 @@ if __name__ == "__main__":
 """
 
 
-def prepare(source: str, folder: Path, endpoint: str, num_processes: int = 1):
-    """Prepare in a new process, with a cache of its own: the client reads its settings once."""
+def prepare(source: str, folder: Path, endpoint: str, num_processes: int = 1, patch: str = ""):
+    """Prepare in a new process, with a cache of its own: the client reads its settings once.
+
+    Args:
+        patch: Python statements that inject a fault.
+    """
     env = {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "home")}
     script = folder / "prepare.py"
     folder.mkdir(parents=True, exist_ok=True)
-    script.write_text(SCRIPT)
+    script.write_text(SCRIPT.replace("# Faults", patch))
 
     return subprocess.run(
         [sys.executable, script, source, folder / "dataset", str(num_processes)],
@@ -71,11 +81,28 @@ def prepared_documents(folder: Path) -> list[str]:
     return sorted(text for path in folder.glob("dataset/*.bin") for text in documents_in(path))
 
 
-def test_openwebtext_is_streamed(tmp_path):
-    with serve("Skylion007/openwebtext", SHARDS) as (endpoint, requests):
+# Tells what is on the disk whenever a reader has been opened.
+LISTING = """
+from text import readers
+init = readers.Reader.__init__
+def listed(self, file, *args):
+    init(self, file, *args)
+    parts = Path(sys.argv[2]).glob("*.parts/*.download/**/*.parquet")
+    print("on the disk:", *[path.name for path in parts], flush=True)
+readers.Reader.__init__ = listed
+"""
+
+
+def test_openwebtext_is_downloaded_one_shard_at_a_time(tmp_path):
+    with serve("Skylion007/openwebtext", SHARDS) as (endpoint, _):
         for num_processes in (1, 2):
-            result = prepare("openwebtext", tmp_path / str(num_processes), endpoint, num_processes)
+            folder = tmp_path / str(num_processes)
+            result = prepare("openwebtext", folder, endpoint, num_processes, LISTING)
+            lines = [line for line in result.stdout.splitlines() if line.startswith("on the disk")]
+
             assert result.returncode == 0, result.stderr
+            assert len(lines) == 3
+            assert all(1 <= line.count(".parquet") <= num_processes for line in lines)
 
     assert contents(tmp_path / "1" / "dataset") == contents(tmp_path / "2" / "dataset")
     assert prepared_documents(tmp_path / "1") == sorted(TEXTS)
@@ -83,7 +110,7 @@ def test_openwebtext_is_streamed(tmp_path):
     sidecar = json.loads((tmp_path / "1" / "dataset" / "openwebtext.json").read_text())
     assert sidecar["source"] == "Skylion007/openwebtext"
     assert sidecar["revision"] == "0" * 40
-    assert not list((tmp_path / "1" / "home").rglob("*.parquet")), "files were kept on the disk"
+    assert not list(tmp_path.rglob("*.parquet")), "files were kept on the disk"
 
 
 @pytest.mark.parametrize(
@@ -152,8 +179,17 @@ def test_a_script_with_several_configurations_asks_for_one(tmp_path):
     assert chosen.returncode == 0, chosen.stderr
 
 
-@pytest.mark.parametrize("fault", ["500", "cut", "damage"])
-def test_a_network_that_fails_twice_is_waited_for(tmp_path, fault):
+@pytest.mark.parametrize(
+    ("fault", "num_lines"),
+    [
+        ("500", 2),
+        # The client itself asks for the rest.
+        ("cut", 0),
+        # The first answer, of two, is about the file, and holds nothing of it.
+        ("damage", 1),
+    ],
+)
+def test_a_network_that_fails_twice_is_waited_for(tmp_path, fault, num_lines):
     def fail_twice(path: str, number: int) -> str | None:
         return fault if path == SECOND and number <= 2 else None
 
@@ -162,7 +198,7 @@ def test_a_network_that_fails_twice_is_waited_for(tmp_path, fault):
 
     assert result.returncode == 0, result.stderr
     assert prepared_documents(tmp_path) == sorted(TEXTS)
-    assert result.stderr.count("again in") == (0 if fault == "damage" else 2)
+    assert result.stderr.count("again in") == num_lines
 
 
 @pytest.mark.parametrize(
@@ -184,6 +220,7 @@ def test_a_network_that_stays_broken_is_one_line_and_then_goes_on(tmp_path, faul
         assert message in error
         assert "Traceback" not in result.stderr
         assert not list((tmp_path / "dataset").glob("*.bin"))
+        assert not list(tmp_path.rglob("*.parquet"))
 
         is_broken = False
         requests.clear()
@@ -193,6 +230,82 @@ def test_a_network_that_stays_broken_is_one_line_and_then_goes_on(tmp_path, faul
     assert "going on with 1 parts" in again.stdout
     assert not any(list(SHARDS)[0] in request for request in requests), "downloaded twice"
     assert prepared_documents(tmp_path) == sorted(TEXTS)
+
+
+# The process is killed when the second file is on the disk.
+KILL_IN_SHARD = """
+from text import hub
+check_download = hub.check_download
+def killed(path, digest):
+    if "00001-of" in path.name:
+        os.kill(os.getpid(), signal.SIGKILL)
+    check_download(path, digest)
+hub.check_download = killed
+"""
+
+
+def test_the_download_of_a_killed_preparation_is_removed(tmp_path):
+    with serve("Skylion007/openwebtext", SHARDS) as (endpoint, requests):
+        killed = prepare("openwebtext", tmp_path, endpoint, patch=KILL_IN_SHARD)
+        left = list((tmp_path / "dataset").rglob("*.parquet"))
+        # Another process was killed in the third file.
+        stray = tmp_path / "dataset" / "openwebtext.parts" / "00000002.download"
+        stray.mkdir()
+        (stray / "stray.parquet").touch()
+        requests.clear()
+        again = prepare("openwebtext", tmp_path, endpoint, patch=LISTING)
+
+    assert killed.returncode == -signal.SIGKILL
+    assert [path.name for path in left] == [SECOND.split("/")[1]]
+    assert again.returncode == 0, again.stderr
+    assert "going on with 1 parts" in again.stdout
+    assert not any(list(SHARDS)[0] in request for request in requests), "downloaded twice"
+    assert re.findall("on the disk: (.*)", again.stdout) == [
+        path.split("/")[1] for path in list(SHARDS)[1:]
+    ]
+    assert prepared_documents(tmp_path) == sorted(TEXTS)
+
+
+def test_downloads_of_workers_that_are_given_up_are_removed(tmp_path):
+    """One process waits behind its download while another one fails."""
+    pause = """
+from text import hub
+hub.check_download = lambda path, digest: signal.pause()
+"""
+    first = list(SHARDS)[0]
+
+    def fail(path: str, _) -> str | None:
+        while path == first and not list((tmp_path / "dataset").rglob("*00001-of*.parquet")):
+            threading.Event().wait(0.01)
+
+        return "500" if path == first else None
+
+    with serve("Skylion007/openwebtext", SHARDS, fault=fail) as (endpoint, _):
+        result = prepare("openwebtext", tmp_path, endpoint, 2, pause)
+
+    assert result.stderr.splitlines()[-1].startswith(f"error: Skylion007/openwebtext/{first}")
+    assert not list(tmp_path.rglob("*.parquet"))
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_disk_that_is_full_of_downloads_is_one_line(tmp_path, num_processes):
+    """Files may not grow beyond a limit, which stands in for the disk."""
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))"
+    files = {"a.parquet": parquet(TEXTS), "b.parquet": parquet([random_text(1 << 17)])}
+
+    with serve("someone/texts", files) as (endpoint, _):
+        result = prepare("someone/texts", tmp_path, endpoint, num_processes, limit)
+
+    error = result.stderr.splitlines()[-1]
+
+    assert result.returncode == 1
+    assert "cannot be written: File too large. Make room; what is whole is kept" in error
+    assert "again in" not in result.stderr
+    assert not list(tmp_path.rglob("*.parquet"))
+
+
+def random_text(size: int) -> str:
+    return random.Random(0).randbytes(size).hex()
 
 
 def test_what_a_restart_goes_on_with_is_the_revision_it_began_with(tmp_path):
@@ -277,6 +390,8 @@ class Response:
         (TimeoutError(), True),
         (FileNotFoundError(), False),
         (ValueError(), False),
+        (OSError("file should be of size 2 but has size 1"), True),
+        (OSError(28, "No space left on device"), False),
         *((status, True) for status in (408, 429, 500, 502, 503, 504)),
         *((status, False) for status in (400, 401, 403, 404, 416)),
     ],
@@ -289,58 +404,14 @@ def test_only_what_may_pass_is_tried_again(error, expected):
     assert is_passing(error) == expected
 
 
-def content_of(size: int) -> bytes:
-    return bytes(range(256)) * (size // 256) + bytes(size % 256)
-
-
-@pytest.mark.parametrize("size", [0, 1, 1000, 5000])
-@pytest.mark.parametrize(
-    "moves",
-    [
-        pytest.param([], id="nothing"),
-        pytest.param([(0, 10_000)], id="all"),
-        pytest.param([(0, 10), (10, 300), (310, 10_000)], id="forwards"),
-        pytest.param([(900, 50), (0, 100), (700, 10), (100, 2000)], id="about"),
-        pytest.param([(4900, 100), (100, 100), (300, 100)], id="the end first"),
-    ],
-)
-def test_a_stream_is_the_file_whichever_way_it_is_read(monkeypatch, size, moves):
-    content = content_of(size)
-    file = HubFile("a/b", "c", Path("d"), "d", size, "text", "sha256:?")
-    fetched = []
-
-    def fetch(_, start: int, end: int) -> bytes:
-        fetched.append((start, end))
-        return content[start:end]
-
-    monkeypatch.setattr(HubFile, "fetch", fetch)
-    monkeypatch.setattr(hub.HubStream, "WINDOW", 256)
-
-    with file.open() as stream:
-        for position, length in moves:
-            stream.seek(position)
-            assert stream.read(length) == content[position : position + length]
-
-        assert stream.finish() == hub.hashlib.sha256(content).hexdigest()
-
-    assert all(start < end <= size for start, end in fetched)
-
-
-def test_the_digest_of_a_file_outside_of_large_storage_is_that_of_git(monkeypatch, tmp_path):
-    content = b"some content"
-    (tmp_path / "file").write_bytes(content)
-    command = ["git", "hash-object", tmp_path / "file"]
+def test_the_digest_of_a_file_outside_of_large_storage_is_that_of_git(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"some content")
+    command = ["git", "hash-object", path]
     blob = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    file = HubFile("a/b", "c", Path("d"), "d", len(content), "text", f"git:{blob}")
-    monkeypatch.setattr(HubFile, "fetch", lambda _, start, end: content[start:end])
+    check_download(path, f"git:{blob}")
 
-    with file.open() as stream:
-        file.check(stream)
+    with pytest.raises(DamagedDownloadError, match="file does not have the checksum"):
+        check_download(path, "git:" + "0" * 40)
 
-    with (
-        HubFile(
-            "a/b", "c", Path("d"), "d", len(content), "text", "git:" + "0" * 40
-        ).open() as stream,
-        pytest.raises(DataError, match="does not have the checksum"),
-    ):
-        stream.file.check(stream)
+    assert not path.exists()

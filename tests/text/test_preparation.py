@@ -15,10 +15,11 @@ from conftest import ROOT, finish, launch, write_documents
 from token_folders import contents, documents_in
 
 from system import locks
-from text import parts, preparation, token_files
+from text import parts, preparation, token_files, workers
 from text.parts import JoinedFiles, place_hash
 from text.preparation import load_or_prepare
-from text.sources import Reader, TextFiles
+from text.readers import Reader
+from text.sources import TextFiles
 from text.token_files import SPLITS
 from text.tokenizer import END_OF_TEXT, DataError, encode
 
@@ -233,9 +234,9 @@ def test_the_same_bytes_from_any_number_of_processes(large_text, tmp_path, monke
     monkeypatch.setattr(preparation, "MIN_SIZE_PER_PROCESS", 1 << 17)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     started = []
-    worker_processes = preparation.worker_processes
+    worker_processes = workers.worker_processes
     monkeypatch.setattr(
-        preparation, "worker_processes", lambda n: started.append(n) or worker_processes(n)
+        workers, "worker_processes", lambda n: started.append(n) or worker_processes(n)
     )
 
     for num_processes in (1, 2, 8):
@@ -252,7 +253,7 @@ SCRIPT = f"""
 import multiprocessing, os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-from text import parts, preparation, sources
+from text import parts, preparation, readers, sources
 
 source, folder = sys.argv[1:3]
 num_processes, kill_at, min_waiting = map(int, sys.argv[3:])
@@ -274,7 +275,7 @@ def count(event, arguments):
 
 if __name__ == "__main__":
     if num_processes == 1:
-        sources.Reader.CHUNK_SIZE = {CHUNK_SIZE}
+        readers.Reader.CHUNK_SIZE = {CHUNK_SIZE}
         preparation.UNIT_SIZE = {UNIT_SIZE}
 
     parts.MIN_TEST_TOKENS = {MIN_TEST_TOKENS}

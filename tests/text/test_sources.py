@@ -15,10 +15,11 @@ import pytest
 from conftest import write_documents
 from hub_server import parquet
 
-from text import preparation, sources
+from text import preparation, readers
 from text.hub import HubDataset
-from text.preparation import load_or_prepare, parse_source
-from text.sources import Reader, StandardLibrary, TextFiles, cut
+from text.preparation import load_or_prepare
+from text.readers import Reader, cut
+from text.sources import StandardLibrary, TextFiles, parse_source
 from text.tokenizer import END_OF_TEXT, DataError, encode
 
 TEXTS = [
@@ -181,7 +182,7 @@ def test_empty_files_are_no_documents(tmp_path, name):
 def test_files_of_several_chunks(tmp_path, monkeypatch, kind, packing):
     """All that is cut into chunks, by the way of a preparation: from open to the last position."""
     monkeypatch.setattr(Reader, "CHUNK_SIZE", 1000)
-    monkeypatch.setattr(sources, "MAX_LAZY_GROUP", 0)
+    monkeypatch.setattr(readers, "MAX_LAZY_GROUP", 0)
     monkeypatch.setattr(preparation, "UNIT_SIZE", 10)
     texts = [f"text {i} {'x' * i}\n" for i in range(200)]
     write = {".jsonl": jsonl, ".csv": csv_rows, ".parquet": parquet}
@@ -270,7 +271,7 @@ def test_what_cannot_be_read_is_named(tmp_path, name, content, message):
 def test_parquet_in_small_and_large_row_groups(
     tmp_path, monkeypatch, kind, row_group_size, max_lazy_group
 ):
-    monkeypatch.setattr(sources, "MAX_LAZY_GROUP", max_lazy_group)
+    monkeypatch.setattr(readers, "MAX_LAZY_GROUP", max_lazy_group)
     texts = [f"text {i}" for i in range(200)]
     content = parquet(pyarrow.array(texts, kind), row_group_size=row_group_size)
     (tmp_path / "a.parquet").write_bytes(content)
@@ -288,7 +289,7 @@ def test_text_that_is_no_utf8_in_parquet_goes_on(tmp_path):
 
 def test_chunks_are_the_same_for_who_skips_and_who_reads(tmp_path, monkeypatch):
     monkeypatch.setattr(Reader, "CHUNK_SIZE", 1000)
-    monkeypatch.setattr(sources, "MAX_LAZY_GROUP", 0)
+    monkeypatch.setattr(readers, "MAX_LAZY_GROUP", 0)
 
     for suffix, write in ((".jsonl", jsonl), (".csv", csv_rows), (".parquet", parquet)):
         path = tmp_path / f"rows{suffix}"
@@ -342,7 +343,7 @@ def test_lone_file_is_cut_without_loss(text, block):
 
 
 def test_a_large_file_of_a_folder_is_cut(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "MAX_DOCUMENT", 20_000)
+    monkeypatch.setattr(readers, "MAX_DOCUMENT", 20_000)
     text = "line\n" * 9000
     (tmp_path / "large.txt").write_text(text)
     (tmp_path / "small.txt").write_text("small")

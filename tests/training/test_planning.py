@@ -11,7 +11,8 @@ from torch import nn
 from loss import output_memory
 from model import GPT
 from processes import Group
-from text.preparation import load_or_prepare, parse_source
+from text.preparation import load_or_prepare
+from text.sources import parse_source
 from training import planning
 from training.planning import Plan, count_parameters, kept_memory, time_updates
 

@@ -1,0 +1,382 @@
+"""Reads rows out of files: JSON, CSV, parquet and plain text, packed or not, a chunk at a time.
+
+A row is a dict of its columns, the error that makes it unreadable, or None for a blank line. Text
+to pre-train on comes as rows with a column `text`; instructions come as rows, too.
+"""
+
+import csv
+import functools
+import io
+import itertools
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import BinaryIO, NamedTuple
+
+from text.errors import reported_errors
+from text.local_files import UTF16_MARKS, LocalFile, decompress, is_packed
+from text.tokenizer import DataError
+
+# Row groups of parquet up to this many bytes are skipped without reading them.
+MAX_LAZY_GROUP = 1 << 25
+
+# A file of plain text that is longer, in characters, is cut into several documents.
+MAX_DOCUMENT = 1 << 22
+
+# The place of a row within its file, and the row.
+Row = tuple[str, dict | ValueError | None]
+
+
+class Block(NamedTuple):
+    """Rows of a file that follow one another, found but not decoded.
+
+    Args:
+        size: in characters or bytes.
+        rows: decodes them.
+    """
+
+    num_rows: int
+    size: int
+    rows: Callable[[], Iterable[Row]]
+
+
+class Reader:
+    """The rows of a file in order, a chunk at a time.
+
+    A chunk is as many blocks as make CHUNK_SIZE, or the first that exceeds it. It depends on the
+    file alone, so several processes can divide a file: each skips the chunks of the others.
+
+    Args:
+        columns: the names of the columns to read; some may be missing.
+        is_text: whether rows are documents. If so, a file without a column `text` is refused, and
+            malformed CSV is read as well as possible. If not, a malformed row of CSV is an error,
+            and JSON may be a list of rows.
+
+    Raises:
+        DataError: when the file is damaged, or not what its name says.
+    """
+
+    CHUNK_SIZE = 1 << 21
+    # Added to the size of every row: rows without text must fill a chunk, too.
+    ROW_SIZE = 16
+
+    def __init__(self, file: LocalFile, columns: Sequence[str] = ("text",), is_text: bool = True):
+        self.file = file
+        # Of the next chunk, and of its first row.
+        self.number = 0
+        self.row = 0
+        self.is_finished = False
+
+        with reported_errors(file.description):
+            self.raw = open(file.path, "rb")  # noqa: SIM115
+            self.content = decompress(self.raw, file.path.name)
+            self.blocks = READERS[file.kind](self.content, file, columns, is_text)
+
+    def __enter__(self) -> "Reader":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.blocks.close()
+        self.raw.close()
+
+    @property
+    def position(self) -> int:
+        """About how many bytes of the file have been read."""
+        return self.file.size if self.is_finished else min(self.raw.tell(), self.file.size)
+
+    def chunk(self) -> Iterator[tuple[int, str | None]]:
+        """Yield the texts of the next rows, each with its number; none behind the last."""
+        number = self.row
+
+        for place, row in self.rows():
+            try:
+                text = document_of(row)
+            except ValueError as error:
+                raise DataError(f"{self.file.description}, {place}: {error}.") from error
+
+            yield number, text
+            number += 1
+
+    def rows(self) -> Iterator[Row]:
+        """Yield the rows of the next chunk; none behind the last."""
+        for block in self.skip():
+            with reported_errors(self.file.description):
+                yield from block.rows()
+
+    def skip(self) -> list[Block]:
+        """Return the next chunk without decoding it, which would be most of the work."""
+        blocks, size = [], 0
+
+        with reported_errors(self.file.description):
+            while size < self.CHUNK_SIZE:
+                block = next(self.blocks, None)
+
+                if block is None:
+                    self.is_finished = True
+                    break
+
+                blocks.append(block)
+                size += block.size + block.num_rows * self.ROW_SIZE
+                self.row += block.num_rows
+
+        self.number += 1
+
+        return blocks
+
+
+def document_of(row: dict | ValueError | None) -> str | None:
+    """Return the text of a row; None or an empty one is no document.
+
+    Raises:
+        ValueError: when the row cannot be read, or has no text.
+    """
+    if row is None:
+        return None
+
+    if isinstance(row, ValueError):
+        raise row
+
+    if not isinstance(row, dict) or "text" not in row:
+        raise ValueError("there is no `text`")
+
+    if not isinstance(row["text"], str | None):
+        raise ValueError("`text` is no text")
+
+    return row["text"]
+
+
+def read_text(content: BinaryIO, file: LocalFile, *_) -> Iterator[Block]:
+    """Read plain text, UTF-8 (bytes that are not become �) or UTF-16 where it is marked.
+
+    Line ends of any system become those of this one, line feeds.
+    """
+    if not hasattr(content, "peek"):
+        content = io.BufferedReader(content)
+
+    is_utf16 = content.peek(2).startswith(UTF16_MARKS)
+    text = io.TextIOWrapper(content, "utf-16" if is_utf16 else "utf-8-sig", errors="replace")
+
+    try:
+        head = text.read(MAX_DOCUMENT + 1)
+        is_one = not file.is_cut and len(head) <= MAX_DOCUMENT
+        blocks = itertools.chain([head], iter(lambda: text.read(MAX_DOCUMENT), ""))
+
+        for number, document in enumerate([head] if is_one else cut(blocks)):
+            yield block_of_one(f"document {number}", {"text": document}, len(document))
+    finally:
+        text.detach()
+
+
+def block_of_one(place: str, row: dict | ValueError | None, size: int) -> Block:
+    return Block(1, size, lambda: [(place, row)])
+
+
+def cut(blocks: Iterator[str], size: int = 8192) -> Iterator[str]:
+    """Cut a long text into documents of size characters or more, at blank lines if it has any.
+
+    A lone file has to give both text to train on and text to test on.
+    """
+    rest = ""
+
+    for block in blocks:
+        lines = (rest + block).splitlines(keepends=True)
+        # The last line may go on in the next block.
+        rest = lines.pop() if lines and len(lines[-1]) < MAX_DOCUMENT else ""
+        document = ""
+
+        for line in lines:
+            document += line
+
+            if len(document) >= (2 * size if line.strip() else size):
+                yield document
+                document = ""
+
+        rest = document + rest
+
+    yield rest
+
+
+def read_json(
+    content: BinaryIO, file: LocalFile, columns: Sequence[str], is_text: bool
+) -> Iterator[Block]:
+    """Read an object a line, or, where rows are no documents, a list of objects."""
+    head = [] if is_text else lines_to_first_row(content)
+
+    if head and decoded(head[-1]).lstrip().startswith("["):
+        rows = parse_json(decoded(b"".join([*head, content.read()])))
+        yield Block(len(rows), 0, lambda: [(f"row {n}", row) for n, row in enumerate(rows)])
+        return
+
+    for number, line in enumerate(itertools.chain(head, content), start=1):
+        yield Block(1, len(line), functools.partial(json_rows, number, line))
+
+
+def lines_to_first_row(content: BinaryIO) -> list[bytes]:
+    """Return the lines up to the first that is not blank."""
+    lines = []
+
+    for line in content:
+        lines.append(line)
+
+        if line.strip():
+            break
+
+    return lines
+
+
+def json_rows(number: int, line: bytes) -> list[Row]:
+    text = decoded(line)
+
+    try:
+        row = parse_json(text) if text.strip() else None
+    except (ValueError, RecursionError):
+        row = ValueError("this is no JSON")
+
+    return [(f"line {number}", row)]
+
+
+def decoded(content: bytes) -> str:
+    return content.decode("utf-8-sig", errors="replace")
+
+
+def parse_json(text: str):
+    # Numbers are not used, and Python refuses whole ones of thousands of digits.
+    return json.loads(text, parse_int=float)
+
+
+def read_csv(
+    content: BinaryIO, file: LocalFile, columns: Sequence[str], is_text: bool
+) -> Iterator[Block]:
+    csv.field_size_limit(1 << 30)
+    lines = io.TextIOWrapper(content, "utf-8-sig", errors="replace", newline="")
+
+    try:
+        values = csv.reader(lines, strict=not is_text)
+        names = next(values, [])
+        check_columns(file, names, is_text)
+        places = {name: names.index(name) for name in columns if name in names}
+
+        while True:
+            try:
+                found = next(values)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield block_of_one(f"line {values.line_num}", ValueError(str(error)), 0)
+                continue
+
+            row = csv_row(found, places, len(names) if not is_text else None)
+            size = sum(map(len, filter(None, row.values()))) if isinstance(row, dict) else 0
+
+            yield block_of_one(f"line {values.line_num}", row, size)
+    finally:
+        lines.detach()
+
+
+def csv_row(
+    values: list[str], places: dict[str, int], num_values: int | None
+) -> dict | ValueError | None:
+    """Make a row of its values; num_values is how many it has to have, None for any."""
+    if not values:
+        return None
+
+    if num_values not in (None, len(values)):
+        return ValueError("it has not as many values as there are columns")
+
+    return {name: values[i] if i < len(values) else None for name, i in places.items()}
+
+
+def read_parquet(
+    content: BinaryIO, file: LocalFile, columns: Sequence[str], is_text: bool
+) -> Iterator[Block]:
+    import pyarrow.parquet
+
+    if is_packed(file.path.name):
+        # Its index is at the end of the file, and a packed file is read from its beginning.
+        unpacked = tempfile.TemporaryFile()  # noqa: SIM115
+        shutil.copyfileobj(content, unpacked)
+        content = unpacked
+
+    # Buffered by the page, so that a row group may be larger than memory.
+    table = pyarrow.parquet.ParquetFile(content, buffer_size=1 << 20)
+    schema = table.schema_arrow
+    check_columns(file, schema.names, is_text)
+
+    if is_text and not holds_text(kind := schema.types[schema.names.index("text")]):
+        raise DataError(f"{file.description}: the column `text` holds {kind}, not text.")
+
+    names = [name for name in schema.names if name in columns]
+    first = 0
+
+    for group in range(table.num_row_groups):
+        metadata = table.metadata.row_group(group)
+        # Of all columns: asking a damaged file for a single one can crash the process.
+        size = metadata.total_byte_size
+
+        if size + metadata.num_rows * Reader.ROW_SIZE <= MAX_LAZY_GROUP:
+            # Whoever skips it does not even read it.
+            rows = functools.partial(group_rows, table, group, names, first)
+            yield Block(metadata.num_rows, size, rows)
+            first += metadata.num_rows
+            continue
+
+        for batch in group_batches(table, group, names):
+            rows = functools.partial(batch_rows, batch, first)
+            yield Block(batch.num_rows, batch.nbytes, rows)
+            first += batch.num_rows
+
+
+def group_batches(table, group: int, names: list[str]) -> Iterator:
+    """Yield a row group a few rows at a time: they may be of 10 MB each."""
+    yield from table.iter_batches(16, [group], names, use_threads=False)
+
+
+def group_rows(table, group: int, names: list[str], first: int) -> Iterator[Row]:
+    for batch in group_batches(table, group, names):
+        yield from batch_rows(batch, first)
+        first += batch.num_rows
+
+
+def batch_rows(batch, first: int) -> Iterator[Row]:
+    """Decode rows, of which the first has the number first in its file."""
+    columns = {name: column_values(batch.column(name)) for name in batch.schema.names}
+
+    for i in range(batch.num_rows):
+        yield f"row {first + i}", {name: values[i] for name, values in columns.items()}
+
+
+def column_values(column) -> list:
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        return [
+            None if text is None else text.decode("utf-8", errors="replace")
+            for text in column.cast("string").cast("binary").to_pylist()
+        ]
+
+
+def holds_text(kind) -> bool:
+    """Tell whether a type of pyarrow is text, however it is stored."""
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+
+    return types.is_string(kind) or types.is_large_string(kind) or str(kind) == "string_view"
+
+
+def check_columns(file: LocalFile, names: list[str], is_text: bool) -> None:
+    """Raise DataError when a file of documents has no column `text`."""
+    if is_text and "text" not in names:
+        raise DataError(
+            f"{file.description} has no column `text`, it has {', '.join(names[:8]) or 'none'}."
+        )
+
+
+READERS: dict[str, Callable[..., Iterator[Block]]] = {
+    "text": read_text,
+    "json": read_json,
+    "csv": read_csv,
+    "parquet": read_parquet,
+}
