@@ -3,7 +3,6 @@
 import errno
 import itertools
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from processes import CONTEXT
 from system import locks
 from system.locks import HeldError, Lock
 
@@ -144,6 +144,7 @@ def test_a_lock_that_is_being_written_is_not_taken_for_the_broken_one_before_it(
 
 
 def count_up(path: Path, counter: Path, barrier, num_turns: int) -> None:
+    locks.POLL = 0.001
     barrier.wait()
 
     for _ in range(num_turns):
@@ -154,19 +155,17 @@ def count_up(path: Path, counter: Path, barrier, num_turns: int) -> None:
 
 
 @pytest.mark.parametrize("is_stale", [False, True])
-def test_one_process_at_a_time(tmp_path, monkeypatch, is_stale):
+def test_one_process_at_a_time(tmp_path, is_stale):
     """Read, add one, write: an update is lost as soon as two processes are in at once."""
-    monkeypatch.setattr(locks, "POLL", 0.001)
     counter = tmp_path / "counter"
     counter.write_text("0")
 
     if is_stale:
         write_lock(tmp_path / "lock", process=dead_process())
 
-    context = multiprocessing.get_context("fork")
-    barrier = context.Barrier(6)
+    barrier = CONTEXT.Barrier(6)
     arguments = (tmp_path / "lock", counter, barrier, 20)
-    processes = [context.Process(target=count_up, args=arguments) for _ in range(6)]
+    processes = [CONTEXT.Process(target=count_up, args=arguments) for _ in range(6)]
 
     for process in processes:
         process.start()

@@ -1,7 +1,6 @@
 """Token files: exact, restartable, guarded; damaged ones are refused."""
 
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -14,6 +13,7 @@ import pytest
 from conftest import ROOT, finish, launch, write_documents
 from token_folders import contents, documents_in
 
+from processes import CONTEXT
 from system import locks
 from text import parts, preparation, token_files, workers
 from text.parts import JoinedFiles, place_hash
@@ -423,10 +423,7 @@ def test_the_disk_holds_the_tokens_about_once(large_text, tmp_path, monkeypatch)
 # --- One process prepares ---
 
 
-def test_several_processes_at_once_prepare_once(text_folder, tmp_path):
-    context = multiprocessing.get_context("fork")
-    barrier = context.Barrier(4)
-    calls = context.Value("i", 0)
+def prepare_and_count(source: TextFiles, folder: Path, barrier, calls) -> None:
     prepare_parts = preparation.prepare_parts
 
     def counted(*arguments):
@@ -435,12 +432,15 @@ def test_several_processes_at_once_prepare_once(text_folder, tmp_path):
 
         prepare_parts(*arguments)
 
-    def prepare() -> None:
-        preparation.prepare_parts = counted
-        barrier.wait()
-        load_or_prepare(TextFiles(text_folder), tmp_path, 1)
+    preparation.prepare_parts = counted
+    barrier.wait()
+    load_or_prepare(source, folder, 1)
 
-    processes = [context.Process(target=prepare) for _ in range(4)]
+
+def test_several_processes_at_once_prepare_once(text_folder, tmp_path):
+    barrier, calls = CONTEXT.Barrier(4), CONTEXT.Value("i", 0)
+    arguments = (TextFiles(text_folder), tmp_path, barrier, calls)
+    processes = [CONTEXT.Process(target=prepare_and_count, args=arguments) for _ in range(4)]
 
     for process in processes:
         process.start()
