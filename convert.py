@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # Only now, so that a wrong flag is answered at once.
     from interop.hugging_face import ConversionError
-    from text.tokenizer import DataError
+    from text.errors import DataError
     from training.checkpoint import CheckpointError
 
     try:

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from system.distributed import World
+from text.errors import DataError
 from text.preparation import load_or_prepare
 from text.sources import Source, parse_source
 from text.token_files import TokenDataset
-from text.tokenizer import TOKEN_TYPE, DataError, token_sizes
+from text.tokenizer import TOKEN_TYPE, token_sizes
 
 # Token ids and targets, int64 (B, T) each.
 Batch = tuple[Tensor, Tensor]

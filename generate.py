@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
     # Only now, so that a wrong flag is answered at once.
     from system.devices import DeviceError, resolve_device
     from system.memory import is_out_of_memory
-    from text.tokenizer import DataError
+    from text.errors import DataError
     from training.checkpoint import CheckpointError
 
     try:

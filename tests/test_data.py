@@ -16,7 +16,7 @@ from data import (
     resolve_weights,
     take_turns,
 )
-from text.tokenizer import DataError
+from text.errors import DataError
 
 
 def test_weights():

@@ -22,9 +22,9 @@ from conftest import NUM_ROWS, assert_same_run
 from faults import KILL_AT, Payload, claim, files_in, with_right_checksum
 
 from processes import CONTEXT, Group, finished
+from text.errors import DataError
 from text.preparation import load_or_prepare
 from text.sources import TextFiles
-from text.tokenizer import DataError
 from training import checkpoint
 from training.checkpoint import (
     CheckpointError,

@@ -20,9 +20,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from model import GPT
+from text.errors import DataError
 from text.readers import Reader
 from text.sources import TextFiles
-from text.tokenizer import ENCODING, DataError, encode
+from text.tokenizer import ENCODING, encode
 from training.checkpoint import (
     CheckpointError,
     build_model,

@@ -4,7 +4,9 @@ import contextlib
 import errno
 from collections.abc import Iterator
 
-from text.tokenizer import DataError
+
+class DataError(Exception):
+    """Text or tokens that are missing, damaged or unfit; the message is one line for the user."""
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ files of a model are kept in the cache that all of the Hub's clients share.
 """
 
 import contextlib
+import functools
 import hashlib
 import re
 import shutil
@@ -17,10 +18,9 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
-from text.errors import is_full_disk, one_line
+from text.errors import DataError, is_full_disk, one_line
 from text.local_files import Listing, LocalFile
 from text.readers import READERS
-from text.tokenizer import DataError
 
 T = TypeVar("T")
 
@@ -208,12 +208,14 @@ class HubDataset:
 
         for first in range(0, len(paths), 256):
             some = list(paths[first : first + 256])
-            infos = insist(
-                lambda some=some: HfApi().get_paths_info(
-                    self.repository, some, revision=revision, repo_type="dataset"
-                ),
-                self.description,
+            ask = functools.partial(
+                HfApi().get_paths_info,
+                self.repository,
+                some,
+                revision=revision,
+                repo_type="dataset",
             )
+            infos = insist(ask, self.description)
             found.update({info.path: info for info in infos})
 
         for path in paths:
@@ -309,7 +311,7 @@ def download_model(repository: str, choose: Callable[[list[str]], list[str]]) ->
         )
 
         for info in infos:
-            path = download(model.id, info.path, model.sha, digest_of(info))
+            path = download(model.id, info.path, str(model.sha), digest_of(info))
 
     return path.parent
 

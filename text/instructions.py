@@ -88,7 +88,8 @@ def turns_of_messages(messages: object) -> list[Turn]:
         except (ValueError, RecursionError):
             raise ValueError("`messages` is no JSON") from None
 
-    turns, introduction, question = [], "", None
+    turns: list[Turn] = []
+    introduction, question = "", None
 
     for message in messages if isinstance(messages, list) else []:
         if not isinstance(message, dict):

@@ -17,9 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from system.files import write_whole
+from text.errors import DataError
 from text.readers import Reader
 from text.token_files import FORMAT_VERSION, SPLITS
-from text.tokenizer import END_OF_TEXT, TOKEN_TYPE, DataError, encode_documents
+from text.tokenizer import END_OF_TEXT, TOKEN_TYPE, encode_documents
 
 # The share of the documents to test on: the first that gives 64 windows of GPT-2's context.
 TEST_SHARES = (0.005, 0.01, 0.02, 0.05, 0.1)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from system.files import write_whole
 from system.locks import Lock
-from text.errors import is_full_disk
+from text.errors import DataError, is_full_disk
 from text.local_files import Listing
 from text.parts import JoinedFiles, Journal, PartWriter
 from text.readers import Reader
@@ -38,7 +38,7 @@ from text.token_files import (
     state_of,
     token_path,
 )
-from text.tokenizer import ENCODING, DataError
+from text.tokenizer import ENCODING
 from text.workers import in_order
 
 # Files of at most so many bytes together are one unit of work.
@@ -234,7 +234,8 @@ class Unit:
 
 def units(files: tuple, finished: set[str]) -> Iterator[Unit]:
     """Divide files into work, in order; chunks of a large file go on until it is in finished."""
-    group, size, before = [], 0, 0
+    group: list = []
+    size = before = 0
 
     for number, file in enumerate(files):
         is_divided = file.is_divisible and file.size > UNIT_SIZE

@@ -11,12 +11,11 @@ import itertools
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import BinaryIO, NamedTuple
 
-from text.errors import reported_errors
+from text.errors import DataError, reported_errors
 from text.local_files import UTF16_MARKS, LocalFile, decompress, is_packed
-from text.tokenizer import DataError
 
 # Row groups of parquet up to this many bytes are skipped without reading them.
 MAX_LAZY_GROUP = 1 << 25
@@ -146,13 +145,13 @@ def document_of(row: dict | ValueError | None) -> str | None:
     return row["text"]
 
 
-def read_text(content: BinaryIO, file: LocalFile, *_) -> Iterator[Block]:
+def read_text(content: BinaryIO, file: LocalFile, *_) -> Generator[Block, None, None]:
     """Read plain text, UTF-8 (bytes that are not become �) or UTF-16 where it is marked.
 
     Line ends of any system become those of this one, line feeds.
     """
     if not hasattr(content, "peek"):
-        content = io.BufferedReader(content)
+        content = io.BufferedReader(content)  # type: ignore[type-var]
 
     is_utf16 = content.peek(2).startswith(UTF16_MARKS)
     text = io.TextIOWrapper(content, "utf-16" if is_utf16 else "utf-8-sig", errors="replace")
@@ -199,7 +198,7 @@ def cut(blocks: Iterator[str], size: int = 8192) -> Iterator[str]:
 
 def read_json(
     content: BinaryIO, file: LocalFile, columns: Sequence[str], is_text: bool
-) -> Iterator[Block]:
+) -> Generator[Block, None, None]:
     """Read an object a line, or, where rows are no documents, a list of objects."""
     head = [] if is_text else lines_to_first_row(content)
 
@@ -247,7 +246,7 @@ def parse_json(text: str):
 
 def read_csv(
     content: BinaryIO, file: LocalFile, columns: Sequence[str], is_text: bool
-) -> Iterator[Block]:
+) -> Generator[Block, None, None]:
     csv.field_size_limit(1 << 30)
     lines = io.TextIOWrapper(content, "utf-8-sig", errors="replace", newline="")
 
@@ -289,7 +288,7 @@ def csv_row(
 
 def read_parquet(
     content: BinaryIO, file: LocalFile, columns: Sequence[str], is_text: bool
-) -> Iterator[Block]:
+) -> Generator[Block, None, None]:
     import pyarrow.parquet
 
     if is_packed(file.path.name):
@@ -374,7 +373,7 @@ def check_columns(file: LocalFile, names: list[str], is_text: bool) -> None:
         )
 
 
-READERS: dict[str, Callable[..., Iterator[Block]]] = {
+READERS: dict[str, Callable[..., Generator[Block, None, None]]] = {
     "text": read_text,
     "json": read_json,
     "csv": read_csv,

@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from text.errors import one_line, reported_errors
+from text.errors import DataError, one_line, reported_errors
 from text.hub import HubDataset
 from text.instructions import COLUMNS, Example, Turn, encode_turns, turns_of
 from text.local_files import LocalFile, kind_of_name
 from text.readers import Reader, Row
 from text.sources import StandardLibrary
-from text.tokenizer import DataError, encode, without_surrogates
+from text.tokenizer import encode, without_surrogates
 
 # The share of the rows that is set aside to test on.
 TEST_SHARE = 0.1
@@ -40,7 +40,7 @@ class RowFile:
         Raises:
             DataError: when the file is damaged, or not what its name says.
         """
-        kind = kind_of_rows(self.path.name)
+        kind = kind_of_rows(self.path.name) or "json"
 
         with reported_errors(self.description):
             file = LocalFile(self.path, self.path.name, self.path.stat().st_size, kind)
@@ -210,8 +210,8 @@ class Examples:
 
         for example in (*self.train, *self.test):
             digest.update(f"{len(example.tokens)} ".encode())
-            digest.update(example.tokens)
-            digest.update(example.is_target)
+            digest.update(example.tokens.data)
+            digest.update(example.is_target.data)
 
         return digest.hexdigest()
 

@@ -7,10 +7,10 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
-from text.errors import reported_errors
+from text.errors import DataError, reported_errors
 from text.hub import HubDataset
 from text.local_files import Listing, LocalFile, kind_of
-from text.tokenizer import DataError, without_surrogates
+from text.tokenizer import without_surrogates
 
 NOT_MODULES = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
@@ -53,7 +53,8 @@ class TextFiles:
             return [self.path]
 
         excluded = {path.resolve() for path in self.excluded} - {self.path.resolve()}
-        found, seen = [], set()
+        found: list[Path] = []
+        seen = set()
 
         def stop(error: OSError) -> None:
             raise error

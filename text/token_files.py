@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from system.files import write_whole
-from text.tokenizer import ENCODING, TOKEN_TYPE, VOCABULARY_SIZE, DataError
+from text.errors import DataError
+from text.tokenizer import ENCODING, TOKEN_TYPE, VOCABULARY_SIZE
 
 FORMAT_VERSION = 2
 SPLITS = ("train", "test")

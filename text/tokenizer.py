@@ -9,6 +9,8 @@ import numpy as np
 import tiktoken
 from tiktoken.load import load_tiktoken_bpe
 
+from text.errors import DataError
+
 ENCODING = "r50k_base"
 VOCABULARY_SIZE = 50257
 END_OF_TEXT = 50256
@@ -32,10 +34,6 @@ MAX_CHARACTERS = 1 << 23
 # How many pieces are remembered with their tokens, and of how many characters at most.
 MAX_KNOWN_PIECES = 1 << 18
 MAX_KNOWN_PIECE = 24
-
-
-class DataError(Exception):
-    """Text or tokens that are missing, damaged or unfit; the message is one line for the user."""
 
 
 @functools.cache

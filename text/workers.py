@@ -6,19 +6,19 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from tqdm import tqdm
 
-from text.tokenizer import DataError
+from text.errors import DataError
 
 
 def in_order(
     work: Callable[[Any], dict], units: Iterable, done: dict[str, dict], num_workers: int
-) -> Iterator[tuple[Any, dict]]:
+) -> Generator[tuple[Any, dict], None, None]:
     """Yield each unit with its result, in order.
 
     Args:

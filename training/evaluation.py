@@ -4,8 +4,8 @@ import itertools
 import math
 
 from data import EvaluationWindows
+from text.errors import DataError
 from text.token_files import TokenDataset
-from text.tokenizer import DataError
 from training.metrics import perplexity
 from training.trainer import Trainer
 

@@ -22,7 +22,7 @@ from system.devices import DeviceError, own_device, resolve_device
 from system.distributed import ProcessError, World
 from system.memory import is_out_of_memory, peak_memory, tune_memory
 from system.signals import Interrupted
-from text.tokenizer import DataError
+from text.errors import DataError
 from training.arguments import Parser, Settings, UsageError, fail
 from training.checkpoint import CheckpointError, CheckpointWriter, claimed
 from training.trainer import TrainingError

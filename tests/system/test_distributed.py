@@ -447,7 +447,7 @@ distributed.PATIENCE = 0.5
 @pytest.mark.parametrize("rank", [0, 1])
 def test_error_at_the_start_ends_all_and_is_told_alone(run, place, rank):
     fault = f"""
-from text.tokenizer import DataError
+from text.errors import DataError
 function = {place}
 def faulty(*args):
     if rank == {rank}:

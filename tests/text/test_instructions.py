@@ -14,9 +14,10 @@ import pytest
 from conftest import ROOT
 
 from text import rows
+from text.errors import DataError
 from text.instructions import Turn, encode_turns, format_prompt, turns_of
 from text.rows import RowFile, StandardLibraryFunctions, load_examples, parse_row_source
-from text.tokenizer import END_OF_TEXT, DataError, encode, load_encoding
+from text.tokenizer import END_OF_TEXT, encode, load_encoding
 
 ROWS = [
     {"instruction": f"Say {number}.", "input": "", "output": f"{number} it is."}

@@ -16,12 +16,13 @@ from token_folders import contents, documents_in
 from processes import CONTEXT
 from system import locks
 from text import parts, preparation, token_files, workers
+from text.errors import DataError
 from text.parts import JoinedFiles, place_hash
 from text.preparation import load_or_prepare
 from text.readers import Reader
 from text.sources import TextFiles
 from text.token_files import SPLITS
-from text.tokenizer import END_OF_TEXT, DataError, encode
+from text.tokenizer import END_OF_TEXT, encode
 
 
 def test_token_files_hold_every_document_once(text_folder, tmp_path):

@@ -16,11 +16,12 @@ from conftest import write_documents
 from hub_server import parquet
 
 from text import preparation, readers
+from text.errors import DataError
 from text.hub import HubDataset
 from text.preparation import load_or_prepare
 from text.readers import Reader, cut
 from text.sources import StandardLibrary, TextFiles, parse_source
-from text.tokenizer import END_OF_TEXT, DataError, encode
+from text.tokenizer import END_OF_TEXT, encode
 
 TEXTS = [
     "plain",

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from text import tokenizer
-from text.tokenizer import END_OF_TEXT, DataError, encode, encode_documents
+from text.errors import DataError
+from text.tokenizer import END_OF_TEXT, encode, encode_documents
 
 
 def test_tokenizer_is_the_published_one(monkeypatch):
