@@ -187,12 +187,11 @@ def to_peft(args: Namespace, given: set[str]) -> None:
 def from_peft(args: Namespace, given: set[str]) -> None:
     from interop.outputs import new_checkpoint
     from interop.peft import import_adapter
-    from training.checkpoint import load_model
 
     folder, path, lora_path = map(Path, (args.from_peft, args.checkpoint_path, args.lora_path))
 
     with new_checkpoint(lora_path, "--lora_path", path) as save:
-        state = import_adapter(folder, load_model(path))
+        state = import_adapter(folder, path)
         rank, alpha = state["lora_args"]["rank"], state["lora_args"]["alpha"]
         print(f"Model:  {folder} for {path}, rank {rank}, alpha {alpha}")
         save(state)

@@ -7,12 +7,7 @@ import math
 from pathlib import Path
 
 import torch
-from peft import (
-    LoraConfig,
-    PeftModel,
-    load_peft_weights,
-    set_peft_model_state_dict,
-)
+from peft import LoraConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import GPT2LMHeadModel, GPT2Model
@@ -28,7 +23,7 @@ from interop.transformers import (
 )
 from model import GPT
 from text.tokenizer import ENCODING
-from training.checkpoint import FORMAT_VERSION, check_finite, fingerprint
+from training.checkpoint import FORMAT_VERSION, check_finite, fingerprint, load_model
 from training.lora import linear_names, lora_shapes
 
 CONFIG_FILE = "adapter_config.json"
@@ -52,6 +47,7 @@ PLAIN_SETTINGS = {
     "layers_to_transform",
     "lora_alpha",
     "lora_dropout",
+    "peft_type",
     "peft_version",
     "r",
     "rank_pattern",
@@ -102,20 +98,22 @@ def their_adapter_name(name: str) -> str:
     return f"{PREFIX}{their_name(layer)}.lora_{kind[-1].upper()}.weight"
 
 
-def import_adapter(folder: Path, model: GPT) -> dict:
+def import_adapter(folder: Path, base_path: Path) -> dict:
     """Return what a LoRA checkpoint holds of the adapter in a folder.
 
     Layers without an adapter get one that is zero, and lower ranks are filled up with zeros. Where
     layers have several factors, alpha is 1 and each factor is taken into its B.
 
     Args:
-        model: the base.
+        base_path: the checkpoint of its base.
 
     Raises:
         CheckpointError, ConversionError: when it cannot be read, or is not exactly an adapter of
             this model.
     """
-    layers = read_layers(folder, read_config(folder), model)
+    config = read_config(folder)
+    model = load_model(base_path)
+    layers = read_layers(folder, config, model)
     names = {their_name(name): name for name in linear_names(model)}
     others = {f"of {name} has no place here" for name in layers.keys() - names.keys()}
     report_problems(others, folder)
@@ -166,11 +164,11 @@ def read_config(folder: Path) -> LoraConfig:
             if name not in PLAIN_SETTINGS and value and value != defaults.get(name)
         }
 
-    for name, value in changed.items():
-        raise ConversionError(f"{path}: {name} is {value}, which has no counterpart here.")
-
     if settings.get("peft_type") != "LORA":
         raise ConversionError(f"{path}: peft_type is {settings.get('peft_type')}, LORA is needed.")
+
+    for name, value in changed.items():
+        raise ConversionError(f"{path}: {name} is {value}, which has no counterpart here.")
 
     if (beginning := settings.get("init_lora_weights")) not in PLAIN_BEGINNINGS:
         raise ConversionError(
@@ -193,19 +191,18 @@ def read_layers(folder: Path, config: LoraConfig, model: GPT) -> dict[str, LoraL
 
     with reported_errors(folder):
         weights = load_peft_weights(str(folder), device="cpu")
+        # Others would take the place of the base's own weights.
+        ends = (".lora_A.weight", ".lora_B.weight")
+        others = {f"{name} has no place here" for name in weights if not name.endswith(ends)}
+        report_problems(others, folder)
         is_whole = any(name.startswith(f"{PREFIX}transformer.") for name in weights)
         base = skeleton(new_config(model), GPT2LMHeadModel if is_whole else GPT2Model)
-        # Weights that would take the place of the base's.
-        others = {
-            name for name in weights if not name.endswith((".lora_A.weight", ".lora_B.weight"))
-        }
         theirs = PeftModel(base, config, ADAPTER)
         report = set_peft_model_state_dict(theirs, weights, ADAPTER)
 
-    missing = {name for name in report.missing_keys if ".lora_" in name}
-    others |= set(report.unexpected_keys)
-    problems = {f"{name} is missing" for name in missing}
-    report_problems(problems | {f"{name} has no place here" for name in others}, folder)
+    problems = {f"{name} is missing" for name in report.missing_keys if ".lora_" in name}
+    problems |= {f"{name} has no place here" for name in report.unexpected_keys}
+    report_problems(problems, folder)
     prefix = "" if is_whole else "transformer."
 
     return {

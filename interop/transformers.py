@@ -6,6 +6,7 @@ Its linear layers keep their weights transposed, (in, out).
 import contextlib
 import errno
 import json
+import pickle
 import re
 import warnings
 from collections.abc import Iterator
@@ -348,16 +349,21 @@ def reported_errors(path: Path, action: str = "read") -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
+    except ConversionError:
+        raise
+    except pickle.UnpicklingError as error:  # which advises what is unsafe
+        raise ConversionError(f"{path} holds other things than weights.") from error
     except SafetensorError as error:
         if action == "written":
             raise OSError(errno.EIO, str(error)) from error
 
         raise ConversionError(f"{path} is damaged: {error}.") from error
-    except Exception as error:  # they raise dozens of types, with many lines of advice
+    except Exception as error:  # they raise dozens of types
         if isinstance(error, OSError) and error.strerror:
             raise
 
-        text = next(iter(str(error).splitlines()), "")[:200].rstrip(".:")
+        text = f"there is no {error}" if isinstance(error, KeyError) else str(error)
+        text = " ".join(text.split())[:300].rstrip(".")
         raise ConversionError(f"{path} cannot be {action}: {text}.") from error
 
 

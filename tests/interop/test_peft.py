@@ -19,6 +19,7 @@ from conversions import (
     write_checkpoint,
     write_peft,
 )
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Model
 
 from training.checkpoint import (
@@ -119,18 +120,22 @@ def test_an_adapter_without_an_output_layer_becomes_ours(convert, gpt2_folder, c
         ({"peft_type": "IA3"}, "peft_type is IA3, LORA is needed"),
         ({"use_dora": True}, "use_dora is True, which has no counterpart here"),
         ({"bias": "all"}, "bias is all"),
+        ({"megatron_config": {"a": 1}}, "megatron_config is {'a': 1}"),
         ({"lora_bias": True}, "lora_bias is True"),
         ({"modules_to_save": ["wte"]}, "modules_to_save is ['wte']"),
         ({"target_parameters": ["wte.weight"]}, "target_parameters is ['wte.weight']"),
         ({"layer_replication": [[0, 2]]}, "layer_replication is [[0, 2]]"),
         ({"of_a_later_version": 3}, "of_a_later_version is 3"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is pissa, which changes the base"),
-        ({"r": 0}, "r and rank_pattern are [0], numbers above 0 are needed"),
-        ({"lora_alpha": "high"}, "lora_alpha and alpha_pattern are ['high']"),
-        ({"r": 4}, "lora_A.weight has 8 x 16 values"),
-        ({"rank_pattern": 4}, "adapter_config.json is damaged"),
-        ({"target_modules": "("}, "adapter_config.json is damaged"),
-        ({"target_modules": ["c_attn", "c_fc"]}, "mlp.c_fc.lora_A.weight is missing, and 3 more"),
+        ({"r": 0}, "should be a positive integer value but the value passed is 0"),
+        ({"lora_alpha": "high"}, "unsupported operand type"),
+        ({"r": 4}, "size mismatch for base_model.model.transformer.h.0.attn.c_attn"),
+        ({"rank_pattern": 4}, "'int' object has no attribute 'keys'"),
+        ({"target_modules": "("}, "missing ), unterminated subpattern"),
+        (
+            {"target_modules": ["c_attn", "c_fc"]},
+            "c_fc.lora_A.default.weight is missing, and 3",
+        ),
         ({"layers_to_transform": [0]}, "h.1.attn.c_attn.lora_A.weight has no place here, and 1"),
     ],
 )
@@ -161,14 +166,42 @@ def test_adapters_of_the_embeddings_are_refused(refused, tmp_path, target):
     assert "has no place here" in line
 
 
+@pytest.mark.parametrize("name", ["wte.weight", "h.0.ln_1.bias", "h.0.attn.c_attn.lora_B.bias"])
+def test_an_adapter_with_weights_of_the_base_is_refused(refused, tmp_path, adapter, name):
+    write_checkpoint(tmp_path / "out" / "checkpoint.pt")
+    path = Path(shutil.copytree(adapter, tmp_path / "adapter")) / "adapter_model.safetensors"
+    weights = load_file(path)
+    weights[f"base_model.model.transformer.{name}"] = torch.ones(16)
+    save_file({name: weight.clone() for name, weight in weights.items()}, path)
+
+    assert f"{name} has no place here" in refused("--from_peft=adapter")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_an_adapter_that_is_no_numbers_is_refused(refused, tmp_path, adapter, value):
+    write_checkpoint(tmp_path / "out" / "checkpoint.pt")
+    folder = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    edited(folder / "adapter_config.json", lora_alpha=float(value))
+    assert "no finite number" in (line := refused("--from_peft=adapter")) or "not finite" in line
+
+    shutil.copy(adapter / "adapter_config.json", folder)
+    weights = load_file(folder / "adapter_model.safetensors")
+    next(iter(weights.values()))[0, 0] = value
+    save_file(weights, folder / "adapter_model.safetensors")
+    assert "values that are not finite numbers" in refused("--from_peft=adapter")
+
+
 def test_adapters_that_are_missing_or_of_another_model_are_refused(refused, tmp_path, adapter):
     path = tmp_path / "out" / "checkpoint.pt"
 
     assert "adapter_config.json is missing" in refused("--from_peft=none")
+    (tmp_path / "empty").mkdir()
+    shutil.copy(adapter / "adapter_config.json", tmp_path / "empty")
     assert "There is no checkpoint at out/checkpoint.pt" in refused(f"--from_peft={adapter}")
 
     write_checkpoint(path, embedding_dimensions=32)
-    assert "lora_A.weight has 8 x 16 values" in refused(f"--from_peft={adapter}")
+    assert "empty holds no weights: adapter_model.safetensors or" in refused("--from_peft=empty")
+    assert "size mismatch for" in refused(f"--from_peft={adapter}")
     assert "There is no checkpoint at out/lora.pt" in refused("--to_peft=new")
 
     write_adapter(tmp_path / "out" / "lora.pt", write_checkpoint(tmp_path / "out" / "other.pt"))

@@ -1,6 +1,7 @@
 """Models to transformers and back: its own classes are the truth."""
 
 import hashlib
+import importlib
 import json
 import random
 import unicodedata
@@ -42,6 +43,8 @@ def test_transformers_loads_what_is_exported(convert, bias):
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert model.dtype == torch.float32
     assert model.config.architectures == ["GPT2LMHeadModel"]
+    assert json.loads(Path("new/model/config.json").read_text())["n_ctx"] == 128
+    assert len({path.stat().st_mode for path in Path("new/model").iterdir()}) == 1
     assert model.generation_config.eos_token_id == END_OF_TEXT
     assert model.get_input_embeddings().weight.shape == (50257, 16)
     assert model.lm_head.weight is model.transformer.wte.weight
@@ -113,12 +116,13 @@ def test_half_precision_becomes_float32(convert, source, dtype):
 
 
 @pytest.fixture(scope="module")
-def exported(script, tmp_path_factory):
+def exported(tmp_path_factory):
     """A fine-tuned model in a folder, of which only the tokenizer is of interest."""
     folder = tmp_path_factory.mktemp("exported")
     path = folder / "checkpoint.pt"
     write_adapter(folder / "lora.pt", write_checkpoint(path))
     argv = [f"--checkpoint_path={path}", f"--lora_path={folder / 'lora.pt'}"]
+    script = importlib.import_module("convert")
     assert script.main([f"--to_hugging_face={folder / 'model'}", *argv]) == 0
 
     return folder / "model"
@@ -129,28 +133,32 @@ def tokenizer(exported):
     return AutoTokenizer.from_pretrained(exported)
 
 
-def test_vocabulary_and_merges_are_the_published_ones(exported, monkeypatch):
-    """tiktoken knows the checksums of OpenAI's files."""
+def test_the_vocabulary_is_the_published_one(exported, monkeypatch):
+    """tiktoken knows the checksum of OpenAI's file."""
     published = {}
     monkeypatch.setattr(
         openai_public, "data_gym_to_mergeable_bpe_ranks", lambda **known: published.update(known)
     )
     openai_public.gpt2()
+    vocabulary = json.loads((exported / "tokenizer.json").read_text())["model"]["vocab"]
+    content = json.dumps(vocabulary).encode()
 
-    for name, key in (("merges.txt", "vocab_bpe_hash"), ("vocab.json", "encoder_json_hash")):
-        content = (exported / name).read_bytes()
-        assert hashlib.sha256(content).hexdigest() == published[key]
+    assert hashlib.sha256(content).hexdigest() == published["encoder_json_hash"]
 
 
 def documents() -> list[str]:
-    """A thousand documents of any Unicode: all characters, few, blanks, Latin."""
+    """Documents of any Unicode: all characters, few, blanks, Latin; and long runs of one or two."""
     draw = random.Random(0)
     assigned = [c for c in map(chr, range(0x110000)) if unicodedata.category(c) not in ("Cs", "Cn")]
     blanks = [c for c in assigned if c.isspace()]
     few = [*"aZ é1²٣'.-\n\t\r", "'s", "'LL", "'ll", "'ve", "日本", "👩‍🚀", "e\u0301", *blanks]
     pools = (assigned, few, blanks + ["x", "'"], [chr(c) for c in range(0x180)])
 
-    return ["".join(draw.choices(pools[n % 4], k=draw.randrange(120))) for n in range(1000)]
+    mixed = ["".join(draw.choices(pools[n % 4], k=draw.randrange(120))) for n in range(1000)]
+    # Where the order of merges shows.
+    runs = [pair * n for pair in ("a", "=", "-", "\n", "ab", "Aa") for n in range(1, 100)]
+
+    return mixed + runs
 
 
 def test_tokens_are_tiktokens_on_any_document(tokenizer, exported):
@@ -159,7 +167,6 @@ def test_tokens_are_tiktokens_on_any_document(tokenizer, exported):
     # Versions of transformers before 5 take all from this file.
     pipeline = Tokenizer.from_file(str(exported / "tokenizer.json"))
 
-    assert len(texts) == 1000
     assert found == load_encoding().encode_ordinary_batch(texts)
     assert found == [encoding.ids for encoding in pipeline.encode_batch(texts)]
     assert tokenizer.batch_decode(found) == pipeline.decode_batch(found) == texts
@@ -174,6 +181,27 @@ def test_tokens_are_tiktokens_for_every_character(tokenizer):
     texts = ["\n\n".join(texts[first : first + 500]) for first in range(0, len(texts), 500)]
 
     assert tokenizer(texts)["input_ids"] == load_encoding().encode_ordinary_batch(texts)
+
+
+@pytest.mark.parametrize("files", ["tokenizer.json", "vocab.json and merges.txt"])
+def test_the_vocabulary_of_a_folder_has_to_be_this_one(convert, refused, source, tokenizer, files):
+    if files == "tokenizer.json":
+        padded = AutoTokenizer.from_pretrained(tokenizer.name_or_path, pad_token="[PAD]")
+        assert len(padded) == 50258
+        padded.save_pretrained(source)
+    else:
+        tokenizer.backend_tokenizer.model.save(str(source))
+
+    convert("--from_hugging_face=source")
+
+    path = source / files.split()[0]
+    content = json.loads(path.read_text())
+    vocabulary = content["model"]["vocab"] if files == "tokenizer.json" else content
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    path.write_text(json.dumps(content))
+
+    line = refused("--from_hugging_face=source", "--checkpoint_path=out/other.pt")
+    assert "source holds another vocabulary than GPT-2's, r50k_base." in line
 
 
 def test_end_of_text_is_special_and_added_nowhere(tokenizer):
@@ -239,11 +267,11 @@ def test_a_question_is_put_as_generate_does(tokenizer):
         ({"vocab_size": 50258}, "vocab_size is 50258, 50257 is needed"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings is False"),
         ({"add_cross_attention": True}, "add_cross_attention is True"),
-        ({"n_layer": "two"}, "n_layer is two, which is no size"),
-        ({"n_head": True}, "n_head is True, which is no size"),
-        ({"n_head": 3}, "divisible by the number of attention heads, 16 and 3 given"),
-        ({"n_positions": 64}, "wpe.weight has 128 x 16 values"),
-        ({"n_layer": 1}, "h.1.attn.c_attn.bias has no place here, and 11 more"),
+        ({"n_layer": "two"}, "Field 'n_layer' expected int, got str"),
+        ({"n_head": True}, "Field 'n_head' expected int, got bool"),
+        ({"n_head": 3}, "`embed_dim` must be divisible by num_heads"),
+        ({"n_positions": 64}, "wpe.weight has the shape (128, 16), (64, 16) is needed"),
+        ({"n_layer": 1}, "h.1.attn.c_attn.weight has no place here, and 10 more"),
         ({"n_layer": 3}, "h.2.attn.c_attn.bias is missing, and 11 more"),
     ],
 )
@@ -253,8 +281,13 @@ def test_other_architectures_are_refused(refused, source, changes, expected):
     assert expected in refused("--from_hugging_face=source")
 
 
-@pytest.mark.parametrize("changes", [{"activation_function": "gelu_pytorch_tanh"}, {"n_inner": 64}])
-def test_other_names_for_the_same_are_taken(convert, source, theirs, changes):
+CODE = {"auto_map": {"AutoModelForCausalLM": "code.Model"}, "attn_implementation": "some/kernel"}
+
+
+@pytest.mark.parametrize(
+    "changes", [{"activation_function": "gelu_pytorch_tanh"}, {"n_inner": 64}, CODE]
+)
+def test_other_names_for_the_same_are_taken_and_code_is_not(convert, source, theirs, changes):
     edited(source / "config.json", **changes)
     convert("--from_hugging_face=source")
 
@@ -267,19 +300,27 @@ NORM = "transformer.h.1.ln_1.weight"
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (lambda w: w.pop(NORM) is None, "the weight h.1.ln_1.weight is missing."),
+        (lambda w: w.pop(NORM) is None, "h.1.ln_1.weight is missing."),
         (lambda w: w.update(score=w[NORM]), "the weight score has no place here."),
-        (lambda w: w.update({NORM: torch.ones(15)}), "h.1.ln_1.weight has 15 values"),
-        (lambda w: w.update({NORM: torch.ones(())}), "h.1.ln_1.weight has 1 values"),
-        (lambda w: w[NORM].fill_(torch.nan) is None, "h.1.ln_1.weight holds values that are not"),
-        (lambda w: w.update({NORM: w[NORM].int()}), "h.1.ln_1.weight has the format torch.int32"),
+        (
+            lambda w: w.update({NORM: torch.ones(15)}),
+            "ln_1.weight has the shape (15,), (16,) is",
+        ),
+        (
+            lambda w: w.update({NORM: torch.ones(())}),
+            "ln_1.weight has the shape (), (16,) is",
+        ),
+        (
+            lambda w: w[NORM].fill_(torch.nan) is None,
+            "attention_norm.weight holds values that are not",
+        ),
         (
             lambda w: w.update({"lm_head.weight": w["transformer.wte.weight"] + 1}),
             "lm_head.weight is not the weight of the token embeddings",
         ),
         (
             lambda w: w.update({"lm_head.weight": torch.ones(3)}),
-            "lm_head.weight is not the weight of the token embeddings",
+            "source cannot be read: ",
         ),
     ],
 )
@@ -311,20 +352,26 @@ def pickled(source: Path, value) -> None:
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
-        (lambda s: (s / "model.safetensors").unlink(), "holds no weights: there is no model.safet"),
-        (lambda s: cut(s / "model.safetensors"), "model.safetensors is damaged"),
+        (
+            lambda s: (s / "model.safetensors").unlink(),
+            "no file named model.safetensors, or",
+        ),
+        (lambda s: cut(s / "model.safetensors"), "source is damaged: Error while deserial"),
         (lambda s: (s / "config.json").unlink(), "config.json is missing"),
-        (lambda s: cut(s / "config.json", 20), "config.json is damaged: it is no JSON"),
-        (lambda s: (s / "config.json").write_text("[]"), "config.json is damaged"),
-        (lambda s: (s / "config.json").write_bytes(b"\xff"), "config.json is damaged"),
-        (index, "index.json is damaged: it does not say which file"),
-        (lambda s: index(s, weight_map={"a": "../a.safetensors"}), "index.json is damaged"),
-        (lambda s: index(s, weight_map={"a": "a.safetensors"}), "a.safetensors is missing"),
-        (lambda s: pickled(s, {"a": Dangerous()}), "bin is damaged, or holds other things than"),
-        (lambda s: pickled(s, {"a": 1}), "bin holds other things than weights"),
-        (lambda s: pickled(s, [torch.ones(1)]), "bin holds other things than weights"),
-        (lambda s: (s / "vocab.json").write_text('{"a": 0}'), "vocab.json holds another vocab"),
-        (lambda s: (s / "tokenizer.json").write_text("{}"), "tokenizer.json holds another"),
+        (lambda s: cut(s / "config.json", 20), "config.json' is not a valid JSON"),
+        (lambda s: (s / "config.json").write_text("[]"), "config.json cannot be read"),
+        (lambda s: (s / "config.json").write_bytes(b"\xff"), "config.json' is not a valid JSON"),
+        (index, "there is no 'weight_map'"),
+        (lambda s: index(s, metadata={}, weight_map={"a": "a.safetensors"}), "a.safetensors"),
+        (lambda s: pickled(s, {"a": Dangerous()}), "source holds other things than weights"),
+        (lambda s: pickled(s, {"a": 1}), "the weight a has no place here, and 29 more"),
+        (lambda s: pickled(s, [torch.ones(1)]), "source cannot be read: "),
+        (
+            lambda s: (s / "adapter_config.json").touch(),
+            "source holds an adapter; --from_peft",
+        ),
+        (lambda s: (s / "vocab.json").write_text("{}"), "cannot be read for its vocabulary"),
+        (lambda s: (s / "tokenizer.json").write_text("{}"), "cannot be read for its vocabulary"),
     ],
 )
 def test_damaged_folders_are_refused(refused, source, damage, expected):
