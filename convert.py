@@ -9,7 +9,7 @@ from pathlib import Path
 
 from training.arguments import Parser, fail
 
-EXTRAS = ("transformers", "peft", "safetensors")
+EXTRAS = ("transformers", "peft")
 
 
 def build_parser() -> Parser:
@@ -28,16 +28,8 @@ def build_parser() -> Parser:
         help="Make a checkpoint of GPT-2 weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl or another"
         " model on the Hugging Face Hub, or a folder.",
     )
-    add(
-        "--to_peft",
-        metavar="DIR",
-        help="Write the adapter into a new folder that peft loads.",
-    )
-    add(
-        "--from_peft",
-        metavar="DIR",
-        help="Make a LoRA checkpoint of a peft adapter for the model.",
-    )
+    add("--to_peft", metavar="DIR", help="Write the adapter into a new folder that peft loads.")
+    add("--from_peft", metavar="DIR", help="Make a LoRA checkpoint of a peft adapter.")
 
     add = parser.add_argument_group("files").add_argument
     add(
@@ -85,38 +77,33 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def chosen_action(args: Namespace, given: set[str]) -> Callable[[Namespace, set[str]], None]:
-    """Return what is to be done.
+    """Return the function of the only action that is given.
 
     Raises:
-        ValueError: when that is not one thing, or lacks a path.
+        ValueError: when there is not exactly one, or it lacks a path.
     """
     actions = {
-        "to_hugging_face": to_hugging_face,
-        "from_hugging_face": from_hugging_face,
-        "to_peft": to_peft,
-        "from_peft": from_peft,
+        action.__name__: action
+        for action in (to_hugging_face, from_hugging_face, to_peft, from_peft)
     }
-    flags = [name for name in actions if name in given]
+    chosen = [name for name in actions if name in given]
 
-    if len(flags) != 1:
-        raise ValueError(f"one of --{', --'.join(actions)} is needed, {len(flags)} given")
+    if len(chosen) != 1:
+        raise ValueError(f"one of --{', --'.join(actions)} is needed, {len(chosen)} given")
 
-    if "lora_path" in given and flags == ["from_hugging_face"]:
+    if "lora_path" in given and chosen == ["from_hugging_face"]:
         raise ValueError("--lora_path: --from_hugging_face has no adapter")
 
-    needed = [flags[0], "checkpoint_path"] + ["lora_path"] * flags[0].endswith("peft")
-
-    for name in needed:
+    for name in [*chosen, "checkpoint_path", *["lora_path"] * chosen[0].endswith("peft")]:
         if not getattr(args, name):
             raise ValueError(f"--{name}: a path is needed, an empty one given")
 
-    if flags == ["from_hugging_face"]:
-        source = args.from_hugging_face
+    source = args.from_hugging_face
 
-        if not Path(source).is_dir() and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source):
-            raise ValueError(f"--from_hugging_face: there is no folder {source}")
+    if source and not (Path(source).is_dir() or re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source)):
+        raise ValueError(f"--from_hugging_face: there is no folder {source}")
 
-    return actions[flags[0]]
+    return actions[chosen[0]]
 
 
 def to_hugging_face(args: Namespace, given: set[str]) -> None:
@@ -157,8 +144,8 @@ def from_hugging_face(args: Namespace, given: set[str]) -> None:
         save(state)
 
     print(f"Files:  {path}")
-    print(f"Next:   {command('generate.py', args, checkpoint_path='checkpoint_path')}")
-    print(f"        {command('fine-tune.py', args, base_model_path='checkpoint_path')}")
+    print(f"Next:   {command('generate.py', checkpoint_path=path)}")
+    print(f"        {command('fine-tune.py', base_model_path=path)}")
 
 
 def to_peft(args: Namespace, given: set[str]) -> None:
@@ -166,20 +153,20 @@ def to_peft(args: Namespace, given: set[str]) -> None:
     from interop.peft import export_adapter
     from training.checkpoint import LORA_KEYS, load_checkpoint, load_model, merge_lora_checkpoint
 
-    folder, lora_path = Path(args.to_peft), Path(args.lora_path)
+    folder, path, lora_path = map(Path, (args.to_peft, args.checkpoint_path, args.lora_path))
 
     with new_folder(folder, "--to_peft") as temporary:
-        model = load_model(args.checkpoint_path)
+        model = load_model(path)
         state = load_checkpoint(lora_path, LORA_KEYS)
         # What can be merged fits.
         merge_lora_checkpoint(model, state, lora_path)
         alpha = state["lora_args"]["alpha"]
-        print(f"Model:  {lora_path} of {args.checkpoint_path}, alpha {alpha}")
+        print(f"Model:  {lora_path} of {path}, alpha {alpha}")
         export_adapter(state["lora"], alpha, model, temporary)
 
-    base = command("convert.py", args, checkpoint_path="checkpoint_path")
     print_files(folder)
-    print(f"Next:   {base} --to_hugging_face=base --lora_path=")
+    base = command("convert.py", to_hugging_face="base", checkpoint_path=path, lora_path="")
+    print(f"Next:   {base}")
     print("        model = AutoModelForCausalLM.from_pretrained('base')")
     print(f"        model = peft.PeftModel.from_pretrained(model, {str(folder)!r})")
 
@@ -196,31 +183,17 @@ def from_peft(args: Namespace, given: set[str]) -> None:
         print(f"Model:  {folder} for {path}, rank {rank}, alpha {alpha}")
         save(state)
 
-    speak = command("generate.py", args, checkpoint_path="checkpoint_path", lora_path="lora_path")
     print(f"Files:  {lora_path}")
-    print(f"Next:   {speak} --raw")
+    print(f"Next:   {command('generate.py', checkpoint_path=path, lora_path=lora_path)} --raw")
 
 
 def print_files(folder: Path) -> None:
     print(f"Files:  {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
 
 
-def command(script: str, args: Namespace, **flags: str) -> str:
-    """Return a command line of a script, with those of its flags that differ from the defaults.
-
-    Args:
-        flags: the names of arguments of ours by those of the script.
-    """
-    defaults = build_parser()
-    given = {
-        flag: name
-        for flag, name in flags.items()
-        if getattr(args, name) != defaults.get_default(name)
-    }
-
-    return shlex.join(
-        ["python", script, *(f"--{flag}={getattr(args, name)}" for flag, name in given.items())]
-    )
+def command(script: str, **flags: object) -> str:
+    """Return a command line to copy."""
+    return shlex.join(["python", script, *(f"--{name}={flag}" for name, flag in flags.items())])
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ TARGETS = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
 PREFIX = "base_model.model."
 ADAPTER = "default"
 
-# Settings that may be set: B A times a factor is left. All others have to be peft's defaults.
+# Settings that may differ from peft's defaults: the adapter is still B A times a factor.
 PLAIN_SETTINGS = {
     "alpha_pattern",
     "auto_mapping",
@@ -68,8 +68,7 @@ def export_adapter(lora: dict[str, Tensor], alpha: float, model: GPT, folder: Pa
         model: its base.
 
     Raises:
-        ConversionError: when the weights are not there as they should be.
-        OSError: when they cannot be written.
+        ConversionError: when it cannot be written.
     """
     rank = next(len(weight) for name, weight in lora.items() if name.endswith(".lora_a"))
     config = LoraConfig(
@@ -99,7 +98,7 @@ def their_adapter_name(name: str) -> str:
 
 
 def import_adapter(folder: Path, base_path: Path) -> dict:
-    """Return what a LoRA checkpoint holds of the adapter in a folder.
+    """Return the adapter in a folder as a LoRA checkpoint.
 
     Layers without an adapter get one that is zero, and lower ranks are filled up with zeros. Where
     layers have several factors, alpha is 1 and each factor is taken into its B.

@@ -4,7 +4,6 @@ Its linear layers keep their weights transposed, (in, out).
 """
 
 import contextlib
-import errno
 import json
 import pickle
 import re
@@ -15,10 +14,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, GPT2PreTrainedModel
-from transformers import GPT2Tokenizer as Tokenizer
+from transformers import (
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPT2PreTrainedModel,
+    GPT2Tokenizer,
+)
 from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.utils import logging
 
@@ -47,8 +50,6 @@ NAMES = {
     "norm.": "transformer.ln_f.",
 }
 EMBEDDINGS, OUTPUT = "transformer.wte.weight", "lm_head.weight"
-# Causal masks, which old versions of transformers saved with the weights.
-MASKS = r"(.*\.)?attn\.(masked_)?bias"
 
 SIZES = {
     "block_size": "n_positions",
@@ -91,11 +92,10 @@ def export_model(model: GPT, folder: Path, is_tuned: bool) -> None:
     """Write a model, its tokenizer and a card into a folder, and read the weights back.
 
     Args:
-        is_tuned: whether it was fine-tuned on instructions, and is to be asked like that.
+        is_tuned: whether it was fine-tuned on instructions, and needs their template.
 
     Raises:
-        ConversionError: when it has another vocabulary, or is not there as it should be.
-        OSError: when it cannot be written.
+        ConversionError: when it has another vocabulary, or cannot be written.
     """
     if model.vocabulary_size != VOCABULARY_SIZE:
         raise ConversionError(
@@ -200,9 +200,7 @@ def needed_files(names: list[str]) -> list[str]:
 
 
 def import_model(folder: Path) -> dict:
-    """Return what a checkpoint holds of the model in a folder.
-
-    A model whose biases are all zero becomes one without any.
+    """Return the model in a folder as a checkpoint; biases that are all zero are left out.
 
     Raises:
         ConversionError: when it cannot be read, or is not exactly a GPT-2.
@@ -247,9 +245,9 @@ def import_model(folder: Path) -> dict:
 
 
 def read_config(folder: Path) -> GPT2Config:
-    """Return a configuration of the sizes that one in a folder has.
+    """Return a new configuration with the sizes of one in a folder.
 
-    Nothing else that it says, such as code to fetch, reaches the library.
+    Nothing else in that file, such as code to fetch, reaches the library.
 
     Raises:
         ConversionError: when it is not the architecture that GPT has.
@@ -285,7 +283,7 @@ def check_vocabulary(folder: Path) -> None:
         return
 
     with reported_errors(folder, "read for its vocabulary"):
-        vocabulary = Tokenizer.from_pretrained(folder, local_files_only=True).get_vocab()
+        vocabulary = GPT2Tokenizer.from_pretrained(folder, local_files_only=True).get_vocab()
 
     # A token that was added behind these has no row of the embeddings.
     known = {token: number for token, number in vocabulary.items() if number < VOCABULARY_SIZE}
@@ -318,11 +316,9 @@ def load(folder: Path, config: GPT2Config) -> GPT2LMHeadModel:
         )
 
     problems = {f"{name} is missing" for name in report["missing_keys"]}
-    problems |= {
-        f"{name} has no place here"
-        for name in report["unexpected_keys"]
-        if not re.fullmatch(MASKS, name)
-    }
+    # Causal masks, which old versions saved with the weights.
+    others = (name for name in report["unexpected_keys"] if not name.endswith("masked_bias"))
+    problems |= {f"{name} has no place here" for name in others}
     problems |= {
         f"{name} has the shape {tuple(found)}, {tuple(wanted)} is needed"
         for name, found, wanted in report["mismatched_keys"]
@@ -353,11 +349,6 @@ def reported_errors(path: Path, action: str = "read") -> Iterator[None]:
         raise
     except pickle.UnpicklingError as error:  # which advises what is unsafe
         raise ConversionError(f"{path} holds other things than weights.") from error
-    except SafetensorError as error:
-        if action == "written":
-            raise OSError(errno.EIO, str(error)) from error
-
-        raise ConversionError(f"{path} is damaged: {error}.") from error
     except Exception as error:  # they raise dozens of types
         if isinstance(error, OSError) and error.strerror:
             raise
@@ -367,7 +358,7 @@ def reported_errors(path: Path, action: str = "read") -> Iterator[None]:
         raise ConversionError(f"{path} cannot be {action}: {text}.") from error
 
 
-def new_tokenizer(block_size: int) -> Tokenizer:
+def new_tokenizer(block_size: int) -> GPT2Tokenizer:
     """Return transformers' tokenizer with the ids of text.tokenizer.encode.
 
     A literal <|endoftext|> in a text is the special token there, as its users expect.
@@ -376,7 +367,7 @@ def new_tokenizer(block_size: int) -> Tokenizer:
     load_encoding()
     vocabulary, merges = TikTokenConverter().extract_vocab_merges_from_model(str(RANKS_PATH))
 
-    return Tokenizer(
+    return GPT2Tokenizer(
         vocab={**vocabulary, SPECIAL_TOKEN: END_OF_TEXT},
         merges=merges,
         model_max_length=block_size,
