@@ -29,7 +29,9 @@ def build_parser() -> Parser:
         " model on the Hugging Face Hub, or a folder.",
     )
     add("--to_peft", metavar="DIR", help="Write the adapter into a new folder that peft loads.")
-    add("--from_peft", metavar="DIR", help="Make a LoRA checkpoint of a peft adapter.")
+    add(
+        "--from_peft", metavar="DIR", help="Make a LoRA checkpoint of a peft adapter for the model."
+    )
 
     add = parser.add_argument_group("files").add_argument
     add(

@@ -306,7 +306,6 @@ def load(folder: Path, config: GPT2Config) -> GPT2LMHeadModel:
             folder,
             config=config,
             dtype=torch.float32,
-            attn_implementation="eager",
             local_files_only=True,
             weights_only=True,
             trust_remote_code=False,

@@ -189,6 +189,8 @@ def test_the_vocabulary_of_a_folder_has_to_be_this_one(convert, refused, source,
         padded = AutoTokenizer.from_pretrained(tokenizer.name_or_path, pad_token="[PAD]")
         assert len(padded) == 50258
         padded.save_pretrained(source)
+        # Of a model on the Hub it is not fetched.
+        (source / "tokenizer_config.json").unlink()
     else:
         tokenizer.backend_tokenizer.model.save(str(source))
 
@@ -281,17 +283,29 @@ def test_other_architectures_are_refused(refused, source, changes, expected):
     assert expected in refused("--from_hugging_face=source")
 
 
-CODE = {"auto_map": {"AutoModelForCausalLM": "code.Model"}, "attn_implementation": "some/kernel"}
-
-
-@pytest.mark.parametrize(
-    "changes", [{"activation_function": "gelu_pytorch_tanh"}, {"n_inner": 64}, CODE]
-)
-def test_other_names_for_the_same_are_taken_and_code_is_not(convert, source, theirs, changes):
+@pytest.mark.parametrize("changes", [{"activation_function": "gelu_pytorch_tanh"}, {"n_inner": 64}])
+def test_other_names_for_the_same_are_taken(convert, source, theirs, changes):
     edited(source / "config.json", **changes)
     convert("--from_hugging_face=source")
 
     assert_same_logits(read_model(), theirs)
+
+
+def test_nothing_that_a_folder_says_is_run_or_fetched(convert, source, theirs):
+    edited(
+        source / "config.json",
+        auto_map={"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"},
+        attn_implementation="someone/kernel",
+        quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True},
+    )
+
+    for name in ("code.py", "custom_generate/generate.py"):
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text("open('run', 'w')\ndef generate(model):\n    pass\n")
+
+    convert("--from_hugging_face=source")
+    assert_same_logits(read_model(), theirs)
+    assert not Path("run").exists()
 
 
 NORM = "transformer.h.1.ln_1.weight"
