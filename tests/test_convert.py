@@ -17,6 +17,7 @@ from conversions import (
     assert_same_text,
     read_adapter,
     read_model,
+    rewritten,
     write_adapter,
     write_checkpoint,
 )
@@ -263,6 +264,26 @@ def test_without_a_package_one_line_says_how_to_get_it(tmp_path, package):
     assert status == 1
     line = f"error: the package {package} is missing: pip install 'transformers>=5,<6' peft\n"
     assert errors == line
+
+
+def test_nothing_but_our_own_lines_is_printed(tmp_path, source, monkeypatch):
+    # transformers would report that it has no place for it.
+    rewritten(source, lambda weights: {**weights, "h.0.attn.masked_bias": torch.zeros(1)})
+    write_adapter(tmp_path / "lora.pt", write_checkpoint(tmp_path / "checkpoint.pt"))
+    monkeypatch.chdir(tmp_path)
+    paths = ["--checkpoint_path=checkpoint.pt", "--lora_path=lora.pt"]
+    argvs = [
+        ["--to_hugging_face=model", *paths],
+        ["--from_hugging_face=source", "--checkpoint_path=back.pt"],
+        ["--to_peft=adapter", *paths],
+    ]
+    before = "\n".join(f"assert script.main({argv}) == 0" for argv in argvs)
+    process = launch(["--from_peft=adapter", *paths], before, script="convert")
+    status, output, errors = finish(process)
+
+    assert (status, errors) == (0, "")
+    lines = output.splitlines()
+    assert all(line.startswith(("Model:", "Files:", "Next:", "Kept:", "  ")) for line in lines)
 
 
 def test_one_process_at_a_time_writes_a_folder(refused, tmp_path):
