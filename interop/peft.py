@@ -3,7 +3,6 @@
 peft keeps A and B as they are here, (R, in) and (out, R), and divides its own alpha by the rank R.
 """
 
-import math
 from pathlib import Path
 
 import torch
@@ -121,9 +120,6 @@ def import_adapter(folder: Path, base_path: Path) -> dict:
     rank = max(layer.r[ADAPTER] for layer in layers.values())
     alpha = scales.pop() if len(scales) == 1 else 1.0
 
-    if not math.isfinite(alpha):
-        raise ConversionError(f"{folder / CONFIG_FILE}: lora_alpha is no finite number.")
-
     lora = {name: torch.zeros(shape) for name, shape in lora_shapes(model, rank).items()}
 
     for name, layer in layers.items():
@@ -132,6 +128,7 @@ def import_adapter(folder: Path, base_path: Path) -> dict:
         lora[f"{names[name]}.lora_a"][: len(a)] = a
         lora[f"{names[name]}.lora_b"][:, : len(a)] = factor * b
 
+    # Also where alpha is none: B is not a number then.
     check_finite(lora, folder)
 
     return {

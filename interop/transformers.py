@@ -50,6 +50,8 @@ NAMES = {
     "norm.": "transformer.ln_f.",
 }
 EMBEDDINGS, OUTPUT = "transformer.wte.weight", "lm_head.weight"
+# Causal masks, which old versions of transformers saved with the weights.
+MASKS = r"(^|\.)attn\.(masked_)?bias$"
 
 SIZES = {
     "block_size": "n_positions",
@@ -315,8 +317,7 @@ def load(folder: Path, config: GPT2Config) -> GPT2LMHeadModel:
         )
 
     problems = {f"{name} is missing" for name in report["missing_keys"]}
-    # Causal masks, which old versions saved with the weights.
-    others = (name for name in report["unexpected_keys"] if not name.endswith("masked_bias"))
+    others = (name for name in report["unexpected_keys"] if not re.search(MASKS, name))
     problems |= {f"{name} has no place here" for name in others}
     problems |= {
         f"{name} has the shape {tuple(found)}, {tuple(wanted)} is needed"

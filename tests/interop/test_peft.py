@@ -182,7 +182,7 @@ def test_an_adapter_that_is_no_numbers_is_refused(refused, tmp_path, adapter, va
     write_checkpoint(tmp_path / "out" / "checkpoint.pt")
     folder = Path(shutil.copytree(adapter, tmp_path / "adapter"))
     edited(folder / "adapter_config.json", lora_alpha=float(value))
-    assert "no finite number" in (line := refused("--from_peft=adapter")) or "not finite" in line
+    assert "values that are not finite numbers" in refused("--from_peft=adapter")
 
     shutil.copy(adapter / "adapter_config.json", folder)
     weights = load_file(folder / "adapter_model.safetensors")
