@@ -147,7 +147,7 @@ class Speaker:
 
     def __init__(self, args: Namespace, device, needs_lora: bool):
         from system.devices import PRECISIONS, resolve_precision
-        from training.checkpoint import load_model
+        from training.checkpoint import load_model, merge_adapter
 
         self.args = args
         self.device = device
@@ -156,7 +156,7 @@ class Speaker:
 
         path, lora_path = Path(args.checkpoint_path), Path(args.lora_path)
         model = load_model(path)
-        self.is_tuned = bool(args.lora_path) and add_adapter(model, lora_path, needs_lora)
+        self.is_tuned = bool(args.lora_path) and merge_adapter(model, lora_path, needs_lora)
 
         precision = resolve_precision(device) if args.precision == "auto" else args.precision
         self.model = model.to(device, PRECISIONS[precision]).eval()
@@ -255,28 +255,6 @@ class Speaker:
                 return
 
         yield [decoder.decode(b"", final=True) or None for decoder in decoders]
-
-
-def add_adapter(model, path: Path, is_needed: bool) -> bool:
-    """Merge the adapter at path into its base; tell whether that was done.
-
-    Args:
-        is_needed: whether it was asked for by name; else it may be missing, or of another base.
-    """
-    from training.checkpoint import fingerprint, load_checkpoint, merge_lora_checkpoint
-
-    if not (is_needed or path.exists()):
-        return False
-
-    lora = load_checkpoint(path, ("lora_args", "lora", "base"))
-
-    if not is_needed and lora["base"] != fingerprint(model.state_dict()):
-        tell(f"Note: {path} was trained on another base model; it is left out.")
-        return False
-
-    merge_lora_checkpoint(model, lora, path)
-
-    return True
 
 
 def answer_all(args: Namespace, speaker: Speaker) -> None:

@@ -1,14 +1,19 @@
 """Files that are whole or absent: every file of this project is written here (law 2).
 
-A file is written under a temporary name in its folder, forced onto the disk, and renamed.
+A file is written under a temporary name in its folder, forced onto the disk, and renamed. So is a
+folder of files.
 """
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
+
+# Stands in a folder that is being filled: what a killed run has left can be removed.
+MARK = ".incomplete"
 
 
 def temporary_path(path: Path) -> Path:
@@ -77,6 +82,54 @@ def duplicate(source: Path, target: Path) -> None:
     os.replace(temporary, target)
     # Renaming does nothing where both names are links to one file already.
     temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield a folder to fill, which gets its name when it is whole, or never.
+
+    Only one process at a time may do so: the caller holds a lock.
+
+    Raises:
+        OSError: when it cannot be written, or something else is there.
+    """
+    temporary = temporary_path(path)
+
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise FileExistsError(errno.EEXIST, "it is there already")
+
+    remove_left_over(temporary)
+    temporary.mkdir()
+
+    try:
+        (temporary / MARK).touch()
+        yield temporary
+        (temporary / MARK).unlink()
+        # Some libraries write files that only their owner can read.
+        mode = temporary.stat().st_mode & 0o666
+
+        for name in temporary.iterdir():
+            name.chmod(mode)
+
+            with open(name, "rb") as file:
+                sync(file)
+
+        sync_folder(temporary)
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_left_over(folder: Path) -> None:
+    """Remove a folder that a killed run was filling, and no other one."""
+    if not folder.exists():
+        return
+
+    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / MARK).exists()):
+        raise FileExistsError(errno.EEXIST, f"{folder.name} is in the way; remove it")
+
+    shutil.rmtree(folder)
 
 
 def sync(file: IO) -> None:

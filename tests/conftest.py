@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -162,6 +163,68 @@ def error_of(pre_train, capsys):
         return status, lines[0]
 
     return run
+
+
+@pytest.fixture
+def convert(capsys, tmp_path, monkeypatch):
+    """Return a function that converts in a folder of its own; gives what is printed."""
+    script = importlib.import_module("convert")
+    monkeypatch.chdir(tmp_path)
+
+    def run(*argv) -> str:
+        status = script.main(list(map(str, argv)))
+        output, errors = capsys.readouterr()
+        assert status == 0, errors
+        # No library adds anything of its own.
+        assert all(line.startswith("Note:") for line in errors.splitlines()), errors
+
+        return output
+
+    return run
+
+
+@pytest.fixture
+def refused(error_of, tmp_path, monkeypatch):
+    """Return a function that converts what is to be refused, and checks that nothing is written."""
+    script = importlib.import_module("convert")
+    monkeypatch.chdir(tmp_path)
+
+    def run(*argv, status: int = 1) -> str:
+        before = sorted(tmp_path.rglob("*"))
+        found, line = error_of(list(map(str, argv)), script)
+        # A folder for the results may stay, empty.
+        assert [path for path in sorted(tmp_path.rglob("*")) if path not in before] in (
+            [],
+            [tmp_path / "out"],
+        )
+        assert found == status, line
+        assert line.endswith(".") or status == 2 or "pip install" in line
+
+        return line
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def theirs():
+    """Transformers' GPT-2; no test may change it."""
+    from conversions import new_gpt2
+
+    return new_gpt2()
+
+
+@pytest.fixture(scope="session")
+def gpt2_folder(theirs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gpt2")
+    theirs.save_pretrained(folder)
+
+    return folder
+
+
+@pytest.fixture
+def source(gpt2_folder, tmp_path):
+    """A copy of transformers' model, to be changed."""
+    return Path(shutil.copytree(gpt2_folder, tmp_path / "source"))
 
 
 # What a process that is about to be killed has saved is written then.

@@ -9,6 +9,7 @@ import errno
 import hashlib
 import os
 import struct
+import sys
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,6 +31,8 @@ from training.lora import merge_lora
 FORMAT_VERSION = 1
 # What a checkpoint has to hold for its model to be built.
 MODEL_KEYS = ("model_args", "model", "encoding")
+# And what an adapter has to hold to be merged.
+LORA_KEYS = ("lora_args", "lora", "base")
 
 ZIP_MAGIC = b"PK\x03\x04"
 # The last two bytes of a zip archive without a comment say that the comment has no bytes.
@@ -414,6 +417,29 @@ def fingerprint(weights: dict[str, Tensor]) -> str:
         digest.update(weight.view(torch.uint8).numpy().data)
 
     return digest.hexdigest()
+
+
+def merge_adapter(model: GPT, path: Path, is_needed: bool) -> bool:
+    """Merge the adapter at path into its base; return whether that was done.
+
+    Args:
+        is_needed: whether a flag named it; otherwise it may be missing, or of another base.
+
+    Raises:
+        CheckpointError: when it cannot be read, or does not fit.
+    """
+    if not (is_needed or path.exists()):
+        return False
+
+    state = load_checkpoint(path, LORA_KEYS)
+
+    if not is_needed and state["base"] != fingerprint(model.state_dict()):
+        print(f"Note: {path} was trained on another base model; it is left out.", file=sys.stderr)
+        return False
+
+    merge_lora_checkpoint(model, state, path)
+
+    return True
 
 
 def merge_lora_checkpoint(model: GPT, state: dict, path: Path) -> None:

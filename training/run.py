@@ -88,19 +88,17 @@ class Run:
         with self.trainer.stoppable():
             try:
                 yield
-                self.finish_files()
             except Interrupted:
                 self.save()
-                self.finish_files()
+                self.leave()
                 print(
                     f"Stopped after update {self.trainer.step}; saved as {self.writer.path}."
                     " --resume goes on there."
                 )
-                self.world.disconnect()
                 raise
             except TrainingError:
                 self.save()
-                self.finish_files()
+                self.leave()
                 raise
             except Exception as error:
                 if not is_out_of_memory(error):
@@ -108,8 +106,7 @@ class Run:
 
                 raise TrainingError(self.advise_on_memory()) from None
 
-            # While signals wait: whoever ended of one now would count as lost to the others.
-            self.world.disconnect()
+            self.leave()
 
     def set_earlier_run_aside(self) -> None:
         table = Path(self.settings.metrics_path)
@@ -202,8 +199,8 @@ class Run:
         # However long the one before takes, nobody counts as lost meanwhile.
         self.world.wait_for_all()
 
-    def finish_files(self) -> None:
-        """Return when all that there is to keep is on the disk."""
+    def leave(self) -> None:
+        """Return when all that there is to keep is on the disk; leave the other processes."""
         if self.world.is_first:
             self.writer.wait()
 
@@ -211,6 +208,8 @@ class Run:
             self.metrics.draw()
 
         self.world.wait_for_all()
+        # While signals wait: whoever ended of one now would count as lost to the others.
+        self.world.disconnect()
 
     def advise_on_memory(self) -> str:
         """Say which flags take less memory."""
