@@ -222,26 +222,9 @@ def check_arguments(settings: Settings) -> RowSource:
 def build_parser() -> Parser:
     parser = Parser(prog="fine-tune.py", description=__doc__.splitlines()[0])
 
-    add_data_arguments(parser)
-    add_recipe_arguments(parser)
-    add_run_arguments(parser)
-
-    return parser
-
-
-def add_data_arguments(parser: Parser) -> None:
     add = parser.add_argument_group("model and data").add_argument
-
-    add(
-        "--base_model_path",
-        default="./out/checkpoint.pt",
-        help="The path to the checkpoint of the pre-trained model.",
-    )
-    add(
-        "--preset",
-        choices=list(PRESETS),
-        help="Named defaults that single flags still override.",
-    )
+    add("--base_model_path", default="./out/checkpoint.pt", help="Checkpoint of the base model.")
+    add("--preset", choices=list(PRESETS), help="Named defaults; single flags override them.")
     add(
         "--dataset",
         default="alpaca",
@@ -249,58 +232,27 @@ def add_data_arguments(parser: Parser) -> None:
         help="What to learn from: alpaca, stdlib, a .json, .jsonl, .csv or .parquet file of your"
         " own, or a dataset on the Hugging Face Hub (owner/name or owner/name:config).",
     )
-    add_flag(
-        add, "--mask_input", True, "Should the answers alone be learned, and not the instructions?"
-    )
-    add(
-        "--rank",
-        type=positive_int,
-        default=8,
-        help="The rank of the adapter's matrices.",
-    )
-    add(
-        "--alpha",
-        type=positive_float,
-        default=2.0,
-        help="The factor of the adapter's output.",
-    )
-    add(
-        "--dropout",
-        type=dropout_float,
-        default=0.1,
-        help="The proportion of the adapter's inputs to send to zero during training.",
-    )
+    add_flag(add, "--mask_input", True, "Compute the loss on the answers only.")
+    add("--rank", type=positive_int, default=8, help="Rank of the adapter's matrices.")
+    add("--alpha", type=positive_float, default=2.0, help="Factor of the adapter's output.")
+    add("--dropout", type=dropout_float, default=0.1, help="Dropout on the adapter's inputs.")
 
-
-def add_recipe_arguments(parser: Parser) -> None:
     add = parser.add_argument_group("recipe").add_argument
-
     add_batches(add)
-    add(
-        "--num_epochs",
-        type=positive_int,
-        default=4,
-        help="The number of passes over the training rows.",
-    )
+    add("--num_epochs", type=positive_int, default=4, help="Passes over the training rows.")
     add_optimizer(add)
-    add(
-        "--learning_rate",
-        type=positive_float,
-        default=5e-4,
-        help="The global step size taken after every gradient accumulation step.",
-    )
+    add("--learning_rate", type=positive_float, default=5e-4, help="Peak of the learning rate.")
     add_seed(add)
 
-
-def add_run_arguments(parser: Parser) -> None:
     add = parser.add_argument_group("run").add_argument
-
     add_outputs(add, "./out/lora.pt", "./out/fine-tune.csv")
     add_intervals(add, evaluation=1, checkpoint=1)
-    add_flag(add, "--resume", False, "Resume the run whose last checkpoint is there.")
+    add_flag(add, "--resume", False, "Resume from the checkpoint.")
     add_device(add, "the frozen weights and the matrix products")
     add_processes(add)
     add_flag(add, "--compile", True, "Compile the network, where a compiler works.")
+
+    return parser
 
 
 if __name__ == "__main__":

@@ -28,75 +28,43 @@ PROMPT_MARK = "> "
 def build_parser() -> Parser:
     parser = Parser(prog="generate.py", description=__doc__)
 
-    add_model_arguments(parser)
-    add_text_arguments(parser)
+    add = parser.add_argument_group("model").add_argument
+    add("--checkpoint_path", default="./out/checkpoint.pt", help="Checkpoint of the model.")
+    add(
+        "--lora_path",
+        default="./out/lora.pt",
+        help="Adapter; by default used if it is there and of this base; empty for none.",
+    )
+    add_flag(add, "--raw", False, "Give a fine-tuned model the prompt without a template.")
+
+    add = parser.add_argument_group("text").add_argument
+    add(
+        "--prompt",
+        help="Text to continue; without it standard input if that is a pipe, else prompts are asked"
+        " for.",
+    )
+    add("--max_tokens", type=positive_int, default=500, help="Tokens to generate at most.")
+    add("--num_samples", type=positive_int, default=1, help="Continuations, drawn side by side.")
+    add(
+        "--temperature",
+        type=non_negative_float,
+        default=1.0,
+        help="Sampling temperature; 0 is greedy.",
+    )
+    add("--top_k", type=positive_int, default=20, help="Sample from the k most probable tokens.")
+    add(
+        "--top_p",
+        type=share_float,
+        default=1.0,
+        help="Nucleus sampling: keep the smallest set whose probability reaches this.",
+    )
+    add_seed(add)
 
     add = parser.add_argument_group("run").add_argument
     add_device(add, "the weights")
     add_flag(add, "--compile", True, "On a GPU, record a step once and replay it as a CUDA graph.")
 
     return parser
-
-
-def add_model_arguments(parser: Parser) -> None:
-    add = parser.add_argument_group("model").add_argument
-    add(
-        "--checkpoint_path",
-        default="./out/checkpoint.pt",
-        help="The path to the checkpoint file on disk.",
-    )
-    add(
-        "--lora_path",
-        default="./out/lora.pt",
-        help="The path to the LoRA checkpoint; without the flag it is used if it is there and of"
-        " this base; empty for none.",
-    )
-    add_flag(
-        add,
-        "--raw",
-        False,
-        "Give the prompt to a fine-tuned model as it is, without a template of instructions.",
-    )
-
-
-def add_text_arguments(parser: Parser) -> None:
-    add = parser.add_argument_group("text").add_argument
-    add(
-        "--prompt",
-        help="The text to continue; without it, standard input if that is a pipe, else you are"
-        " asked, again and again.",
-    )
-    add(
-        "--max_tokens",
-        type=positive_int,
-        default=500,
-        help="The maximum number of tokens to generate.",
-    )
-    add(
-        "--num_samples",
-        type=positive_int,
-        default=1,
-        help="The number of continuations, drawn side by side.",
-    )
-    add(
-        "--temperature",
-        type=non_negative_float,
-        default=1.0,
-        help="The amount of chance: logits are divided by it; 0 takes the most probable token.",
-    )
-    add(
-        "--top_k",
-        type=positive_int,
-        default=20,
-        help="Only sample from this many of the most probable tokens.",
-    )
-    add(
-        "--top_p",
-        type=share_float,
-        default=1.0,
-        help="Of these, only as many as together reach this probability.",
-    )
-    add_seed(add)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -203,17 +203,7 @@ def evaluate(settings: Settings, sources: Sources, world: World) -> None:
 def build_parser() -> Parser:
     parser = Parser(prog="pre-train.py", description=__doc__.splitlines()[0])
 
-    add_data_arguments(parser)
-    add_model_arguments(parser)
-    add_recipe_arguments(parser)
-    add_run_arguments(parser)
-
-    return parser
-
-
-def add_data_arguments(parser: Parser) -> None:
     add = parser.add_argument_group("data").add_argument
-
     add(
         "--dataset",
         nargs="+",
@@ -224,122 +214,63 @@ def add_data_arguments(parser: Parser) -> None:
         " folder of your own text, or a dataset on the Hugging Face Hub (owner/name or"
         " owner/name:config).",
     )
-    add(
-        "--dataset_path",
-        default="./dataset",
-        help="The path to the dataset files on disk.",
-    )
+    add("--dataset_path", default="./dataset", help="Folder of the token files.")
     add(
         "--num_dataset_processes",
         type=positive_int,
         default=8,
-        help="The number of processes (CPUs) to use to process the dataset.",
+        help="Processes that tokenize, at most one a core.",
     )
 
-
-def add_model_arguments(parser: Parser) -> None:
     add = parser.add_argument_group("model").add_argument
-
-    add(
-        "--preset",
-        choices=list(PRESETS),
-        help="Named defaults that single flags still override.",
-    )
+    add("--preset", choices=list(PRESETS), help="Named defaults; single flags override them.")
     add(
         "--initial_checkpoint",
-        help="The path to a checkpoint whose weights the run begins with; sizes that are not given,"
-        " or by a preset alone, are those of its model.",
+        help="Checkpoint whose weights the run begins with; sizes that are not given are those of"
+        " its model.",
     )
-    add(
-        "--block_size",
-        type=positive_int,
-        default=1024,
-        help="The number of tokens within the context window for every sample.",
-    )
-    add(
-        "--embedding_dimensions",
-        type=positive_int,
-        default=768,
-        help="The dimensionality of the token embeddings.",
-    )
-    add(
-        "--num_attention_heads",
-        type=positive_int,
-        default=12,
-        help="The number of attention heads within every block.",
-    )
-    add(
-        "--num_hidden_layers",
-        type=positive_int,
-        default=12,
-        help="The number of attention/MLP blocks within the hidden layer of the network.",
-    )
-    add(
-        "--dropout",
-        type=dropout_float,
-        default=0.1,
-        help="The proportion of signals to send to zero during training as regularization.",
-    )
+    add("--block_size", type=positive_int, default=1024, help="Context length in tokens.")
+    add("--embedding_dimensions", type=positive_int, default=768, help="Width of the network.")
+    add("--num_attention_heads", type=positive_int, default=12, help="Attention heads in a block.")
+    add("--num_hidden_layers", type=positive_int, default=12, help="Blocks of attention and MLP.")
+    add("--dropout", type=dropout_float, default=0.1, help="Share of activations set to zero.")
 
-
-def add_recipe_arguments(parser: Parser) -> None:
     add = parser.add_argument_group("recipe").add_argument
-
     add_batches(add)
-    add(
-        "--samples_per_epoch",
-        type=positive_int,
-        default=4096,
-        help="The number of training samples to pass through the network every epoch.",
-    )
-    add(
-        "--num_epochs",
-        type=positive_int,
-        default=2145,
-        help="The number of epochs to train for.",
-    )
+    add("--samples_per_epoch", type=positive_int, default=4096, help="Samples in an epoch.")
+    add("--num_epochs", type=positive_int, default=2145, help="Epochs to train for.")
     add_optimizer(add)
-    add(
-        "--learning_rate",
-        type=positive_float,
-        default=5e-4,
-        help="The global step size taken after every gradient accumulation step (the peak of the"
-        " schedule).",
-    )
+    add("--learning_rate", type=positive_float, default=5e-4, help="Peak of the learning rate.")
     add(
         "--lr_schedule",
         choices=["linear", "cosine", "constant"],
         default="linear",
-        help="How the step size goes from its peak to its minimum.",
+        help="How the learning rate decays to its minimum.",
     )
     add(
         "--warmup_steps",
         type=non_negative_int,
-        help="The number of updates over which the step size grows to its peak; None takes"
-        " a twentieth of all, at most 1,000, and none with a constant step size.",
+        help="Updates of linear warm-up; by default a twentieth of all, at most 1,000, none with"
+        " constant.",
     )
     add(
         "--min_learning_rate",
         type=non_negative_float,
         default=0.0,
-        help="The step size at the end of the schedule.",
+        help="Learning rate at the end of the schedule.",
     )
     add(
         "--weight_decay",
         type=non_negative_float,
         default=0.1,
-        help="The proportion of the matrices (with muon the hidden ones), times the step size, to"
-        " take away at an update.",
+        help="Decay of the matrices (with muon the hidden ones), times the learning rate.",
     )
     add_seed(add)
 
-
-def add_run_arguments(parser: Parser) -> None:
     add = parser.add_argument_group("run").add_argument
-
     add_outputs(add, "./out/checkpoint.pt", "./out/pre-train.csv")
     add_intervals(add, evaluation=10, checkpoint=20)
-    add_flag(add, "--resume", False, "Resume the run whose last checkpoint is there.")
+    add_flag(add, "--resume", False, "Resume from the checkpoint.")
     add_device(add, "the matrix products")
     add_processes(add)
     add_flag(add, "--compile", True, "Compile the network, where a compiler works.")
@@ -347,28 +278,23 @@ def add_run_arguments(parser: Parser) -> None:
         add,
         "--activation_checkpointing",
         False,
-        "Trade compute for memory: compute activations a second time instead of keeping them.",
+        "Recompute activations in the backward pass: less memory, more time.",
     )
-    add_flag(
-        add,
-        "--dry_run",
-        False,
-        "Print parameters, memory, data, speed and the time that the whole run would take,"
-        " then stop.",
-    )
+    add_flag(add, "--dry_run", False, "Print what the run would take (memory, time), then stop.")
     add_flag(
         add,
         "--eval_only",
         False,
-        "Print how well the checkpoint predicts the dataset: loss, perplexity and bits per byte,"
-        " then stop.",
+        "Print the checkpoint's loss, perplexity and bits per byte on the dataset, then stop.",
     )
     add(
         "--eval_split",
         choices=["test", "all"],
         default="test",
-        help="What --eval_only reads of each source: what is held back to test on, or all of it.",
+        help="What --eval_only reads of each source: the test split, or all of it.",
     )
+
+    return parser
 
 
 def check_arguments(settings: Settings) -> Sources:

@@ -88,53 +88,31 @@ def add_flag(add: Callable, name: str, default: bool, text: str) -> None:
 
 
 def add_seed(add: Callable) -> None:
-    add(
-        "--seed",
-        type=seed_int,
-        help="The seed for the random number generator; None draws one.",
-    )
+    add("--seed", type=seed_int, help="Seed of all random numbers; None draws one.")
 
 
 def add_batches(add: Callable) -> None:
-    add(
-        "--batch_size",
-        type=positive_int,
-        default=4,
-        help="The number of samples to pass through the network at a time.",
-    )
+    add("--batch_size", type=positive_int, default=4, help="Samples in a micro-batch.")
     add(
         "--gradient_accumulation_steps",
         type=positive_int,
         default=32,
-        help="The number of batches to pass through the network before updating the weights.",
+        help="Micro-batches in an update, of all processes together.",
     )
 
 
 def add_outputs(add: Callable, checkpoint_path: str, metrics_path: str) -> None:
-    add(
-        "--checkpoint_path",
-        default=checkpoint_path,
-        help="The path to the checkpoint file on disk.",
-    )
-    add(
-        "--metrics_path",
-        default=metrics_path,
-        help="The path to the table of metrics, one row an epoch.",
-    )
+    add("--checkpoint_path", default=checkpoint_path, help="Where the checkpoint is saved.")
+    add("--metrics_path", default=metrics_path, help="Table of metrics, one row an epoch.")
 
 
 def add_intervals(add: Callable, evaluation: int, checkpoint: int) -> None:
-    add(
-        "--eval_interval",
-        type=positive_int,
-        default=evaluation,
-        help="Evaluate on the test split every this many epochs.",
-    )
+    add("--eval_interval", type=positive_int, default=evaluation, help="Epochs between tests.")
     add(
         "--checkpoint_interval",
         type=positive_int,
         default=checkpoint,
-        help="Save a checkpoint every this many epochs.",
+        help="Epochs between checkpoints.",
     )
 
 
@@ -143,13 +121,13 @@ def add_optimizer(add: Callable) -> None:
         "--optimizer",
         choices=["adamw", "muon"],
         default="muon",
-        help="The optimizer: adamw, or muon for the hidden matrices with adamw for the rest.",
+        help="adamw, or muon for the hidden matrices with adamw for the rest.",
     )
     add(
         "--max_gradient_norm",
         type=positive_float,
         default=1.0,
-        help="Clip gradients above this threshold before stepping.",
+        help="Clip the norm of the gradient to this.",
     )
 
 
@@ -159,14 +137,14 @@ def add_processes(add: Callable) -> None:
         "--sharding",
         choices=["optimizer", "full"],
         default="optimizer",
-        help="What the processes of torchrun share out: the state of the optimizer, or with full"
-        " the weights and gradients too.",
+        help="What processes shard: the optimizer state (ZeRO-1), or full: weights and gradients"
+        " too (FSDP).",
     )
     add(
         "--process_timeout",
         type=minutes_float,
         default=10.0,
-        help="The minutes that the processes of torchrun wait for one that does not answer.",
+        help="Minutes to wait for a process that does not answer.",
     )
 
 
@@ -176,16 +154,12 @@ def add_device(add: Callable, formatted: str) -> None:
     Args:
         formatted: what has that format.
     """
-    add(
-        "--device",
-        default="cuda",
-        help="The device to run the computation on: cuda, cuda:N, mps or cpu.",
-    )
+    add("--device", default="cuda", help="Where to compute: cuda, cuda:N, mps or cpu.")
     add(
         "--precision",
         choices=["auto", "bf16", "fp16", "fp32"],
         default="auto",
-        help=f"The number format of {formatted}; auto takes what is fast on the device.",
+        help=f"Number format of {formatted}; auto takes what is fast on the device.",
     )
 
 

@@ -146,15 +146,24 @@ def regroup(saved: dict, optimizer: Optimizer) -> dict:
     if num_saved != sum(sizes):
         raise ValueError(f"the state of {num_saved} weights was saved, here are {sum(sizes)}")
 
+    order = list(range(num_saved))
+
+    # Version 1 began with all matrices in one group of Muon, in the order of the network: by turns
+    # one that reads the residual stream and one that writes to it.
+    if "momentum" in optimizer.param_groups[0] and len(groups) < len(sizes):
+        order = order[::2] + order[1::2]
+
     # Weights go on with the steps that they began with, whatever step_factors says by now.
     factors = [group.get("factor", 1.0) for group in groups for _ in group["params"]]
     numbers = iter(range(num_saved))
     shares = [list(itertools.islice(numbers, size)) for size in sizes]
 
     return {
-        "state": saved["state"],
+        "state": {
+            new: saved["state"][old] for new, old in enumerate(order) if old in saved["state"]
+        },
         "param_groups": [
-            {**group, "params": share, "factor": factors[share[0]]}
+            {**group, "params": share, "factor": factors[order[share[0]]]}
             for group, share in zip(optimizer.param_groups, shares, strict=True)
         ],
     }

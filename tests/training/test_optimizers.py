@@ -227,3 +227,24 @@ def test_lists_of_matrices_are_bounded(device, lengths):
     assert sorted(id(m) for some in lists for m in some) == sorted(id(m) for m in matrices)
     assert all(len({m.shape for m in some}) == 1 for some in lists)
     assert [len(some) for some in lists] == lengths
+
+
+def test_matrices_that_were_saved_in_one_group_find_their_momentum():
+    """A state of when Muon stepped all matrices alike, in the order of the network."""
+    torch.manual_seed(0)
+    model = GPT(300, 8, 16, 2, 2)
+    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
+    optimizers = Optimizers(model, "muon", 0.1, World(), factors=step_factors(16, 1))
+    muon = Muon([{"params": matrices, "factor": 7.0}], torch.float32)
+
+    for matrix in matrices:
+        matrix.grad = torch.randn_like(matrix)
+
+    muon.step()
+    optimizers.load_state_dict([muon.state_dict(), optimizers.state_dict()[1]])
+
+    for matrix in matrices:
+        for name, value in muon.state[matrix].items():
+            assert torch.equal(optimizers.parts[0].state[matrix][name], value)
+
+    assert [group["factor"] for group in optimizers.parts[0].param_groups] == [7.0, 7.0]
