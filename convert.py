@@ -45,14 +45,12 @@ def build_parser() -> Parser:
         help="The path to the LoRA checkpoint; --from_peft writes it. To --to_hugging_face, without"
         " the flag it is merged if it is there and of this base; empty for none.",
     )
-
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse(argv)
     given = args.given
-
     try:
         action = chosen_action(args, given)
     except ValueError as error:
@@ -90,7 +88,6 @@ def chosen_action(args: Namespace, given: set[str]) -> Callable[[Namespace, set[
         for action in (to_hugging_face, from_hugging_face, to_peft, from_peft)
     }
     chosen = [name for name in actions if name in given]
-
     if len(chosen) != 1:
         raise ValueError(f"one of --{', --'.join(actions)} is needed, {len(chosen)} given")
 
@@ -102,7 +99,6 @@ def chosen_action(args: Namespace, given: set[str]) -> Callable[[Namespace, set[
             raise ValueError(f"--{name}: a path is needed, an empty one given")
 
     source = args.from_hugging_face
-
     if source and not (Path(source).is_dir() or re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source)):
         raise ValueError(f"--from_hugging_face: there is no folder {source}")
 
@@ -115,7 +111,6 @@ def to_hugging_face(args: Namespace, given: set[str]) -> None:
     from training.checkpoint import load_model, merge_adapter
 
     folder, path, lora_path = Path(args.to_hugging_face), args.checkpoint_path, args.lora_path
-
     with new_folder(folder, "--to_hugging_face") as temporary:
         model = load_model(path)
         is_tuned = bool(lora_path) and merge_adapter(model, Path(lora_path), "lora_path" in given)
@@ -136,7 +131,6 @@ def from_hugging_face(args: Namespace, given: set[str]) -> None:
     from training.checkpoint import build_model
 
     source, path = args.from_hugging_face, Path(args.checkpoint_path)
-
     with new_checkpoint(path, "--checkpoint_path") as save:
         is_here = Path(source).is_dir()
         folder = Path(source) if is_here else download_model(source, needed_files)
@@ -157,7 +151,6 @@ def to_peft(args: Namespace, given: set[str]) -> None:
     from training.checkpoint import LORA_KEYS, load_checkpoint, load_model, merge_lora_checkpoint
 
     folder, path, lora_path = map(Path, (args.to_peft, args.checkpoint_path, args.lora_path))
-
     with new_folder(folder, "--to_peft") as temporary:
         model = load_model(path)
         state = load_checkpoint(lora_path, LORA_KEYS)
@@ -179,7 +172,6 @@ def from_peft(args: Namespace, given: set[str]) -> None:
     from interop.peft import import_adapter
 
     folder, path, lora_path = map(Path, (args.from_peft, args.checkpoint_path, args.lora_path))
-
     with new_checkpoint(lora_path, "--lora_path", path) as save:
         state = import_adapter(folder, path)
         rank, alpha = state["lora_args"]["rank"], state["lora_args"]["alpha"]

@@ -110,7 +110,6 @@ class Corpus:
 
     def numbers(self, update: int) -> range:
         first = update * self.batches_per_update
-
         return range(first, first + self.batches_per_update)
 
     def batch(self, number: int) -> Batch:
@@ -122,7 +121,6 @@ class Corpus:
     def mean_loss(self, losses: dict[str, float]) -> float:
         """Return the mean of the sources' losses by their weights."""
         pairs = zip(self.stream.shares, self.datasets, strict=True)
-
         return sum(weight * losses[dataset.name] for weight, dataset in pairs)
 
     def describe(self) -> None:
@@ -165,7 +163,6 @@ def open_corpus(settings: Namespace, sources: Sources, world: World) -> Corpus:
     trains = [dataset.train for dataset in datasets]
     weights = resolve_weights([weight for _, weight in sources], [len(t) for t in trains])
     samples_per_update = settings.batch_size * settings.gradient_accumulation_steps
-
     return Corpus(
         datasets,
         SampleStream(trains, weights, settings.block_size, settings.seed),
@@ -183,12 +180,10 @@ def open_datasets(settings: Namespace, sources: Sources, world: World) -> list[T
         DataError: when files are damaged, or a source is unfit.
     """
     folder, num_processes = Path(settings.dataset_path), settings.num_dataset_processes
-
     with world.one_per_machine_first():
         datasets = [load_or_prepare(source, folder, num_processes) for source, _ in sources]
 
     world.check_same("The data", [dataset.fingerprint for dataset in datasets])
-
     return datasets
 
 
@@ -204,7 +199,6 @@ def resolve_weights(weights: Sequence[float | None], num_tokens: Sequence[int]) 
     exact = [None if weight is None else Fraction(str(weight)) for weight in weights]
     given = sum(weight for weight in exact if weight is not None)
     unweighted = sum(n for n, weight in zip(num_tokens, exact, strict=True) if weight is None)
-
     if not unweighted:
         return [weight / given for weight in exact if weight is not None]
 
@@ -261,7 +255,6 @@ class SampleStream:
 
         # The shares of the samples that the sources have, as they came out.
         self.shares = (self.counts / len(self.turns)).tolist()
-
         for source in range(len(sources)):
             places = np.flatnonzero(self.turns == source)
             self.ranks[places] = np.arange(len(places))
@@ -273,7 +266,6 @@ class SampleStream:
             Token ids x and targets y, each int64 (B, T); y is x moved on by one token.
         """
         windows = np.empty((batch_size, self.block_size + 1), dtype=TOKEN_TYPE)  # (B, T + 1)
-
         for row, sample in enumerate(range(first, first + batch_size)):
             tokens, start = self.place(sample)
             window = tokens[start : start + self.block_size + 1]
@@ -295,7 +287,6 @@ class SampleStream:
 
         phase, *keys = random_numbers(self.seed, source, number, count=5)
         start = phase + permute(index, num_windows, keys) * self.block_size
-
         return tokens, start % len(tokens)
 
 
@@ -323,7 +314,6 @@ def take_turns(weights: Sequence[Fraction | float], max_period: int = 10_000) ->
     period, slack = int(counts.sum()), 2 * len(weights) - 2
     behind = np.zeros(len(weights), dtype=np.int64)  # in turns times period
     turns = np.empty(period, dtype=np.int64)
-
     for place in range(period):
         behind += counts
         is_due = behind * slack >= period
@@ -339,14 +329,12 @@ def count_turns(weights: Sequence[Fraction | float], max_period: int) -> list[in
     fractions = [Fraction(str(weight)) for weight in weights]
     shares = [fraction / sum(fractions) for fraction in fractions]
     period = math.lcm(*(share.denominator for share in shares))
-
     if period <= max_period:
         return [int(share * period) for share in shares]
 
     counts = [max(1, math.floor(share * max_period)) for share in shares]
     # What rounding has left goes to those that lost most by it.
     losses = [share * max_period - count for share, count in zip(shares, counts, strict=True)]
-
     for source in sorted(range(len(shares)), key=lambda source: -losses[source]):
         counts[source] += sum(counts) < max_period
 
@@ -364,15 +352,12 @@ def permute(index: int, size: int, keys: Sequence[int]) -> int:
     """
     half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = (1 << half_bits) - 1
-
     while True:
         left, right = index >> half_bits, index & mask
-
         for key in keys:
             left, right = right, left ^ (mix(right ^ key) & mask)
 
         index = left << half_bits | right
-
         if index < size:
             return index
 
@@ -381,14 +366,12 @@ def mix(value: int) -> int:
     """Spread the bits of a 64-bit number over all of it (the finalizer of SplitMix64)."""
     value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
     value = (value ^ value >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
-
     return value ^ value >> 31
 
 
 def split_windows(windows: np.ndarray) -> Batch:
     """Turn windows (B, T + 1) into inputs and targets, int64 (B, T)."""
     x, y = windows[:, :-1].astype(np.int64), windows[:, 1:].astype(np.int64)
-
     return torch.from_numpy(x), torch.from_numpy(y)
 
 
@@ -406,7 +389,6 @@ class EvaluationWindows:
 
     def __init__(self, tokens: np.ndarray, block_size: int, max_windows: int | None = MAX_WINDOWS):
         available = (len(tokens) - 1) // block_size
-
         if available < 1:
             raise DataError(
                 f"The test data has {len(tokens):,} tokens, one window takes {block_size + 1:,};"
@@ -442,5 +424,4 @@ class EvaluationWindows:
         for first in range(0, len(self.starts), batch_size):
             starts = self.starts[first : first + batch_size]
             windows = [self.tokens[start : start + self.block_size + 1] for start in starts]
-
             yield split_windows(np.stack(windows))

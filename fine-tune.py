@@ -76,7 +76,6 @@ def main(argv: list[str] | None = None) -> int:
         keys = ("lora_args", "lora", "base", "base_test_loss")
         settings, checkpoint = settle(job.settings, world, keys)
         model, base = read_base(settings, checkpoint, world)
-
         if is_finished(settings, checkpoint):
             return 0
 
@@ -86,7 +85,6 @@ def main(argv: list[str] | None = None) -> int:
         restore(trainer, data, checkpoint)
         compiled = compile_model(model, world.device, settings.compile, is_dynamic=True)
         describe_fine_tuning(settings, trainer, data, compiled)
-
         if base_loss is None:
             base_loss = test_base(trainer, data)
 
@@ -111,7 +109,6 @@ def read_base(settings: Settings, checkpoint: dict, world: World) -> tuple[GPT, 
     """
     path = Path(settings.base_model_path)
     state = load_checkpoint(path, MODEL_KEYS)
-
     if checkpoint:
         wanted = settings.select(FIXED_FLAGS + FREE_FLAGS)
         check_resumable(settings, checkpoint, checkpoint["lora_args"], wanted, FREE_FLAGS)
@@ -119,7 +116,6 @@ def read_base(settings: Settings, checkpoint: dict, world: World) -> tuple[GPT, 
     model = build_model(state, path)
     base = fingerprint(model.state_dict())
     world.check_same("The base models", base)
-
     try:
         check_rank(settings.rank, model.token_embeddings.embedding_dim)
     except ValueError as error:
@@ -143,7 +139,6 @@ def open_data(
         examples = load_examples(source, block_size, settings.mask_input)
 
     world.check_same("The data", examples.fingerprint)
-
     return InstructionData(
         settings.dataset,
         examples,
@@ -163,7 +158,6 @@ def build_trainer(settings: Settings, model: GPT, data: InstructionData, world: 
 
     total = settings.num_epochs * data.updates_per_epoch
     schedule = Schedule("linear", settings.learning_rate, 0.0, min(100, total // 20), total)
-
     return Trainer(
         model,
         network,
@@ -204,7 +198,6 @@ def check_arguments(settings: Settings) -> RowSource:
         "the base model": {*written_by(settings.base_model_path)},
         "the dataset": {Path(settings.dataset[:255]).absolute().resolve()},
     }
-
     for flag, files in outputs_by_flag(settings).items():
         for name, read in inputs.items():
             if read & {*files}:
@@ -251,7 +244,6 @@ def build_parser() -> Parser:
     add_device(add, "the frozen weights and the matrix products")
     add_processes(add)
     add_flag(add, "--compile", True, "Compile the network, where a compiler works.")
-
     return parser
 
 

@@ -1,13 +1,11 @@
 """Continue a text, as a trained model would have written it."""
 
-import codecs
 import contextlib
 import os
 import secrets
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator
 from pathlib import Path
 
 from system import threads  # noqa: F401, for what it does before torch is there
@@ -63,7 +61,6 @@ def build_parser() -> Parser:
     add = parser.add_argument_group("run").add_argument
     add_device(add, "the weights")
     add_flag(add, "--compile", True, "On a GPU, record a step once and replay it as a CUDA graph.")
-
     return parser
 
 
@@ -78,8 +75,8 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         device = resolve_device(args.device if "device" in args.given else None)
-        speaker = Speaker(args, device, "lora_path" in args.given)
-        answer_all(args, speaker)
+        generator = TextGenerator(args, device, "lora_path" in args.given)
+        answer_all(args, generator)
     except ValueError as error:
         return fail(error, status=2)
     except (CheckpointError, DataError, DeviceError, OSError) as error:
@@ -94,7 +91,6 @@ def main(argv: list[str] | None = None) -> int:
             raise
 
         cure = "lower --num_samples, or take a smaller model"
-
         return fail(f"{device} is out of memory; {cure}.")
     except KeyboardInterrupt:
         print(file=sys.stderr)
@@ -103,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-class Speaker:
+class TextGenerator:
     """A model that continues texts, as the arguments want it.
 
     Args:
@@ -128,43 +124,48 @@ class Speaker:
 
         precision = resolve_precision(device) if args.precision == "auto" else args.precision
         self.model = model.to(device, PRECISIONS[precision]).eval()
-        speaker = f"{path} with {lora_path}" if self.is_tuned else str(path)
-        tell(
-            f"{speaker}: {model.num_parameters:,} parameters, context {model.block_size}, on"
+        name = f"{path} with {lora_path}" if self.is_tuned else str(path)
+        note(
+            f"{name}: {model.num_parameters:,} parameters, context {model.block_size}, on"
             f" {device} in {precision}, --seed={self.seed}"
         )
 
     def answer(self, prompt: str, is_echoed: bool) -> None:
         """Write continuations of a prompt to standard output; as it comes, if it is one."""
-        pieces = self.continuations(self.tokens(prompt))
+        from inference.continuation import continue_text
+        from inference.sampling import Sampler
+
+        args = self.args
+        pieces = continue_text(
+            self.model,
+            self.tokens(prompt),
+            args.num_samples,
+            args.max_tokens,
+            Sampler(args.temperature, args.top_k, args.top_p),
+            self.seed + self.num_answers,
+            use_graphs=args.compile and self.device.type == "cuda",
+        )
         echo = prompt if is_echoed and not self.uses_template else ""
         start = time.perf_counter()
         num_tokens, first_after = 0, 0.0
-        texts = [echo] * self.args.num_samples
-
+        texts = [echo] * args.num_samples
         for row in pieces:
             first_after = first_after or time.perf_counter() - start
             num_tokens += sum(piece is not None for piece in row)
             texts = [text + (piece or "") for text, piece in zip(texts, row, strict=True)]
-
             if len(texts) == 1:
                 write(texts[0])
                 texts = [""]
 
         seconds = time.perf_counter() - start
-
         for number, text in enumerate(texts):
             write(f"{text}\n" if number + 1 == len(texts) else f"{text}\n---\n")
 
-        tell(
+        note(
             f"{num_tokens} tokens in {seconds:.2f} s, {num_tokens / max(seconds, 1e-9):,.1f}"
             f" tokens/s, the first after {first_after:.2f} s"
         )
         self.num_answers += 1
-
-    @property
-    def uses_graphs(self) -> bool:
-        return self.args.compile and self.device.type == "cuda"
 
     @property
     def uses_template(self) -> bool:
@@ -176,77 +177,43 @@ class Speaker:
         from text.tokenizer import END_OF_TEXT, encode
 
         tokens = encode(format_prompt(prompt) if self.uses_template else prompt).tolist()
-
         if not tokens:
-            tell("The prompt is empty; a text is begun.")
+            note("Empty prompt: starting a new text.")
             return [END_OF_TEXT]
 
         if len(tokens) > self.model.block_size:
-            tell(
-                f"The prompt has {len(tokens):,} tokens, the last {self.model.block_size:,} are"
-                " read (the context of the model)."
+            note(
+                f"The prompt has {len(tokens):,} tokens; the context of the model holds the last"
+                f" {self.model.block_size:,}."
             )
 
         return tokens[-self.model.block_size :]
 
-    def continuations(self, prompt: list[int]) -> Iterator[list[str | None]]:
-        """Yield what each new token adds to each text; None once a text has ended."""
-        import torch
 
-        from inference.decoding import generate
-        from inference.sampling import Sampler
-        from text.tokenizer import END_OF_TEXT, load_encoding
-
-        args, encoding = self.args, load_encoding()
-        x = torch.tensor([prompt] * args.num_samples, device=self.device)  # (B, T)
-        sampler = Sampler(args.temperature, args.top_k, args.top_p)
-        seed = self.seed + self.num_answers
-        # A character may have its bytes in several tokens.
-        running = [True] * args.num_samples
-        decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in running]
-
-        for tokens in generate(self.model, x, args.max_tokens, sampler, seed, self.uses_graphs):
-            row: list[str | None] = []
-
-            for number, token in enumerate(tokens.tolist()):
-                if running[number] and token == END_OF_TEXT:
-                    running[number] = False
-                    row.append(decoders[number].decode(b"", final=True))
-                elif running[number]:
-                    row.append(decoders[number].decode(encoding.decode_single_token_bytes(token)))
-                else:
-                    row.append(None)
-
-            yield row
-
-            if not any(running):
-                return
-
-        yield [decoder.decode(b"", final=True) or None for decoder in decoders]
-
-
-def answer_all(args: Namespace, speaker: Speaker) -> None:
+def answer_all(args: Namespace, generator: TextGenerator) -> None:
     """Answer the prompt that was given, or piped, or those that are asked for."""
+    from text.tokenizer import without_surrogates
+
     if args.prompt is not None:
-        speaker.answer(without_surrogates(args.prompt), is_echoed=True)
+        generator.answer(without_surrogates(args.prompt), is_echoed=True)
     elif not sys.stdin.isatty():
-        speaker.answer(read_piped_prompt(), is_echoed=True)
+        generator.answer(read_piped_prompt(), is_echoed=True)
     else:
         # Lines that are asked for can be edited then, and called back.
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401
 
         while (prompt := ask()) is not None:
-            speaker.answer(prompt, is_echoed=False)
+            # A terminal may have another encoding than its own.
+            generator.answer(without_surrogates(prompt), is_echoed=False)
 
 
 def read_piped_prompt() -> str:
     """Read standard input as one prompt, without the line end that most commands add."""
     content = sys.stdin.buffer.read().removesuffix(b"\n")
     prompt = content.decode("utf-8", errors="replace")
-
     if prompt.encode() != content:
-        tell("The prompt is not all UTF-8; what is not becomes \N{REPLACEMENT CHARACTER}.")
+        note("The prompt is not all UTF-8; what is not becomes \N{REPLACEMENT CHARACTER}.")
 
     return prompt
 
@@ -254,15 +221,10 @@ def read_piped_prompt() -> str:
 def ask() -> str | None:
     """Ask for a prompt on the terminal; None when there are no more."""
     try:
-        return without_surrogates(input(PROMPT_MARK))
+        return input(PROMPT_MARK)
     except EOFError:
         print()
         return None
-
-
-def without_surrogates(text: str) -> str:
-    """Replace what a terminal gave in another encoding than its own."""
-    return text.encode("utf-8", errors="replace").decode("utf-8")
 
 
 def write(text: str) -> None:
@@ -270,7 +232,7 @@ def write(text: str) -> None:
     sys.stdout.flush()
 
 
-def tell(text: str) -> None:
+def note(text: str) -> None:
     """Print what is not part of the text."""
     print(text, file=sys.stderr, flush=True)
 

@@ -64,7 +64,6 @@ def exponentiate(logits: Tensor) -> tuple[Tensor, Tensor]:
     shift = exact.amax(dim=-1, keepdim=True)
     total = exact.sub_(shift).exp_().sum(dim=-1, keepdim=True)
     logits.copy_(exact)
-
     return shift, total
 
 
@@ -94,7 +93,6 @@ class LinearCrossEntropy(torch.autograd.Function):
         # One buffer for all chunks: fresh memory is paid for in page faults.
         chunk_size = size_of_chunk(z_low)
         buffer = z_low.new_empty(chunk_size, len(weight))
-
         for start in range(0, len(z), chunk_size):
             rows = slice(start, start + chunk_size)
             has_target = (y[rows] >= 0)[:, None]  # (n, 1)
@@ -109,7 +107,6 @@ class LinearCrossEntropy(torch.autograd.Function):
             target_e = (target_logits - shift).exp()
 
             loss += (total.log() + shift - target_logits).where(has_target, 0.0).sum()
-
             if dz is not None or dweight is not None:
                 if is_normalized:
                     logits /= total
@@ -118,7 +115,6 @@ class LinearCrossEntropy(torch.autograd.Function):
 
                 g = logits.scatter_(1, targets, (target_e - total).to(dtype))  # (n, V)
                 scale = has_target / total  # (n, 1)
-
                 if dz is not None:
                     dz[rows] = (g @ weight_low) * scale
 
@@ -128,7 +124,6 @@ class LinearCrossEntropy(torch.autograd.Function):
         count = (y >= 0).sum().clamp(min=1)
         ctx.save_for_backward(dz, dweight, count)
         ctx.dtypes = z.dtype, weight.dtype
-
         return loss / count
 
     @staticmethod
@@ -139,7 +134,6 @@ class LinearCrossEntropy(torch.autograd.Function):
         scale = grad_output / count
         dz = None if dz is None else (dz * scale).to(z_dtype)
         dweight = None if dweight is None else dweight.mul_(scale).to(weight_dtype)
-
         return dz, dweight, None, None, None, None, None
 
 
@@ -152,7 +146,6 @@ def size_of_chunk(z: Tensor) -> int:
     num_rows, width = z.shape
     most = 4096 if z.is_cuda else min(max(128, 2 * width), 512) * 4 // z.element_size()
     num_chunks = math.ceil(num_rows / most)
-
     return math.ceil(num_rows / num_chunks) if num_rows else 1
 
 
@@ -167,7 +160,6 @@ def output_memory(weight: Tensor, num_positions: int, dtype: torch.dtype) -> tup
     logits = size_of_chunk(states) * len(weight) * dtype.itemsize
     # Of the weights, and of what a chunk adds to their gradient.
     copies = 0 if dtype == torch.float32 else 2 * weight.numel() * dtype.itemsize
-
     return gradient, logits + copies
 
 

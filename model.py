@@ -77,7 +77,6 @@ class GPT(nn.Module):
             ValueError: when T exceeds block_size.
         """
         z = self.encode(x)  # (B, T, D)
-
         if y is None:
             return self.project(z)
 
@@ -98,7 +97,6 @@ class GPT(nn.Module):
 
         z = self.token_embeddings(x) + self.position_embeddings(positions)  # (B, T, D)
         z = self.dropout(z)
-
         for number, block in enumerate(self.blocks):
             if self.activation_checkpointing and self.training:
                 z = recompute(block, z)
@@ -111,7 +109,6 @@ class GPT(nn.Module):
         """Turn states (…, D) into logits (…, vocabulary_size)."""
         weight = self.token_embeddings.weight
         product = few_rows_product if is_generating(z) else F.linear
-
         return product(z, weight)[..., : self.vocabulary_size]
 
     @torch.no_grad()
@@ -177,7 +174,6 @@ class GPT(nn.Module):
         """The number of trained weights: padded rows do not count, tied weights count once."""
         total = sum(parameter.numel() for parameter in self.parameters())
         num_padded = self.token_embeddings.num_embeddings - self.vocabulary_size
-
         return total - num_padded * self.embedding_dimensions
 
     def flops_per_token(self, num_tokens: int) -> int:
@@ -190,7 +186,6 @@ class GPT(nn.Module):
         per_weight = 6 if self.token_embeddings.weight.requires_grad else 4
 
         per_layer = 12 * num_tokens * self.embedding_dimensions
-
         return per_weight * num_weights + len(self.blocks) * per_layer
 
 
@@ -210,7 +205,6 @@ class Block(nn.Module):
 
     def forward(self, z: Tensor, cache: "LayerCache | None" = None) -> Tensor:
         z = z + self.dropout(self.attention(self.attention_norm(z), cache))  # (B, T, D)
-
         return z + self.dropout(self.mlp(self.mlp_norm(z)))  # (B, T, D)
 
 
@@ -234,14 +228,12 @@ class CausalSelfAttention(nn.Module):
         parts = parts.view(*z.shape[:2], 3, self.num_attention_heads, -1)  # (B, T, 3, H, K)
         query, key, value = parts.permute(2, 0, 3, 1, 4).unbind()  # (B, H, T, K) each
         mask = None
-
         if cache is not None:
             key, value, mask = cache.add(parts)  # (B, H, S, K)
 
         # A single token sees all that is visible; several that begin a text, what is before each.
         is_causal = cache is None or query.size(2) > 1
         z = F.scaled_dot_product_attention(query, key, value, mask, is_causal=is_causal)
-
         return self.output(z.transpose(1, 2).flatten(2))  # from (B, H, T, K) to (B, T, D)
 
     def look_back(self, frequencies: Tensor) -> None:
@@ -262,7 +254,6 @@ class CausalSelfAttention(nn.Module):
         identity = torch.eye(size) * scale
         pairs = torch.view_as_complex(identity.view(size, size // 2, 2))
         heads[:2, :, :size] = 0.0
-
         for distance, (query, key, _) in enumerate(heads.transpose(0, 1), 1):
             turn = torch.polar(torch.ones_like(frequencies), frequencies * distance)
             query[:size, :size] = torch.view_as_real(pairs * turn).flatten(1)
@@ -306,7 +297,6 @@ class Linear(nn.Linear):
 
     def forward(self, z: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias
-
         if bias is None and is_generating(z):
             return few_rows_product(z, weight)
 
@@ -337,7 +327,6 @@ def is_generating(z: Tensor) -> bool:
 def few_rows_product(z: Tensor, weight: Tensor) -> Tensor:
     """Return z W^T for states (…, in) and weights (out, in)."""
     product = weight @ z.flatten(0, -2).T.contiguous()  # (out, N)
-
     return product.T.unflatten(0, z.shape[:-1])
 
 
@@ -346,7 +335,6 @@ def check_sizes(embedding_dimensions: int, num_attention_heads: int) -> None:
     if embedding_dimensions % num_attention_heads:
         below = embedding_dimensions // num_attention_heads * num_attention_heads
         nearest = [str(below)] * (below > 0) + [str(below + num_attention_heads)]
-
         raise ValueError(
             "Embedding dimensions must be divisible by the number of attention heads,"
             f" {embedding_dimensions} and {num_attention_heads} given;"

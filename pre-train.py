@@ -100,7 +100,6 @@ def main(argv: list[str] | None = None) -> int:
     with Launch(build_parser(), PRESETS, argv) as job:
         world = job.connect()
         sources = check_arguments(job.settings)
-
         if job.settings.eval_only:
             evaluate(job.settings, sources, world)
             return 0
@@ -109,7 +108,6 @@ def main(argv: list[str] | None = None) -> int:
         settings, checkpoint = settle(job.settings, world, ("model_args", "model"))
         settings, weights = begin_with(settings, checkpoint)
         check_same_run(settings, checkpoint)
-
         if is_finished(settings, checkpoint):
             return 0
 
@@ -118,7 +116,6 @@ def main(argv: list[str] | None = None) -> int:
         restore(trainer, corpus, checkpoint)
         compiled = compile_model(trainer.model, world.device, settings.compile)
         describe_pre_training(settings, trainer, corpus, compiled)
-
         if writer is None:
             estimate(settings, trainer, corpus, job.libraries, job.settings.precision == "auto")
             return 0
@@ -145,7 +142,6 @@ def build_trainer(settings: Settings, weights: dict[str, Tensor], world: World) 
 
     model = GPT(**model_args(settings), dropout=settings.dropout)
     model.activation_checkpointing = settings.activation_checkpointing
-
     if settings.optimizer == "muon":
         model.look_back()
 
@@ -168,7 +164,6 @@ def build_trainer(settings: Settings, weights: dict[str, Tensor], world: World) 
         settings.max_gradient_norm,
         peak_rate=sum_of_rates(world, settings.precision),
     )
-
     if weights:
         load_weights(trainer.trained_weights(), weights)
 
@@ -293,7 +288,6 @@ def build_parser() -> Parser:
         default="test",
         help="What --eval_only reads of each source: the test split, or all of it.",
     )
-
     return parser
 
 
@@ -301,7 +295,6 @@ def check_arguments(settings: Settings) -> Sources:
     """Return the sources with their weights; raise UsageError where values do not fit together."""
     check_outputs(settings)
     check_modes(settings)
-
     if not settings.eval_only:
         check_recipe(settings)
 
@@ -309,7 +302,6 @@ def check_arguments(settings: Settings) -> Sources:
     outputs = [
         Path(path).resolve().parent for path in (settings.checkpoint_path, settings.metrics_path)
     ]
-
     try:
         return parse_sources(settings.dataset, (Path(settings.dataset_path), *outputs))
     except ValueError as error:
@@ -319,7 +311,6 @@ def check_arguments(settings: Settings) -> Sources:
 def check_modes(settings: Settings) -> None:
     """Raise UsageError where flags name two things to do, or a file to be read and written over."""
     modes = [f"--{n}" for n in ("eval_only", "dry_run", "resume") if getattr(settings, n)]
-
     if "eval_split" in settings.given and not settings.eval_only:
         raise UsageError("--eval_split: it says what --eval_only reads, which is not given")
 

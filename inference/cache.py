@@ -49,5 +49,4 @@ class LayerCache:
         self.keys_values.index_copy_(3, self.cache.positions, new)
 
         keys, values = self.keys_values.narrow(3, 0, self.cache.num_visible).unbind()
-
         return keys, values, self.cache.mask

@@ -54,10 +54,8 @@ class Decoder:
         """
         first, block_size = self.text.size(1), self.model.block_size
         self.text = torch.cat([self.text, x], dim=1)
-
         if self.text.size(1) > block_size:
             self.text = self.text[:, -block_size:]
-
             return self.predict(self.model.encode(self.text))
 
         if self.use_graphs and first:
@@ -66,7 +64,6 @@ class Decoder:
         self.cache.positions = torch.arange(first, self.text.size(1), device=self.device)
         self.cache.num_visible = self.text.size(1)
         self.cache.mask = None
-
         return self.predict(self.model.encode(x, self.cache))
 
     def predict(self, z: Tensor) -> Tensor:
@@ -78,14 +75,12 @@ class Decoder:
         num_visible = min(
             self.model.block_size, math.ceil((position + 1) / self.GRAPH_STEP) * self.GRAPH_STEP
         )
-
         if num_visible not in self.graphs:
             self.record(num_visible)
 
         self.token.copy_(x)
         self.position.fill_(position)
         self.graphs[num_visible].replay()
-
         return self.logits[num_visible]
 
     def record(self, num_visible: int) -> None:
@@ -99,7 +94,6 @@ class Decoder:
 
         torch.cuda.current_stream().wait_stream(side_stream)
         self.graphs[num_visible] = torch.cuda.CUDAGraph()
-
         with torch.cuda.graph(self.graphs[num_visible]):
             self.logits[num_visible] = self.step(num_visible)
 
@@ -109,7 +103,6 @@ class Decoder:
         self.cache.positions = self.position
         self.cache.num_visible = num_visible
         self.cache.mask = (places <= self.position)[None]  # (1, S)
-
         return self.predict(self.model.encode(self.token, self.cache))
 
 
@@ -133,10 +126,8 @@ def generate(
     chance = torch.rand(num_tokens, len(prompt), generator=generator).to(prompt.device)
     decoder = Decoder(model, len(prompt), use_graphs)
     x = prompt[:, -model.block_size :]
-
     for uniform in chance:
         tokens = sampler(decoder.read(x), uniform)  # (B)
-
         yield tokens
 
         x = tokens[:, None]

@@ -41,5 +41,4 @@ class Sampler:
         num_kept = (sums < self.top_p).sum(dim=-1, keepdim=True).clamp(max=sums.size(-1) - 1)
         target = uniform[:, None] * sums.gather(1, num_kept)  # (B, 1)
         choice = (sums <= target).sum(dim=-1, keepdim=True).clamp(max=sums.size(-1) - 1)
-
         return tokens.gather(1, choice).squeeze(1)

@@ -30,10 +30,8 @@ def new_folder(path: Path, flag: str) -> Iterator[Path]:
         ConversionError: when there is something at path already, or it cannot be written.
     """
     path = path.resolve()
-
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-
         with lock_output(path, flag), files.new_folder(path) as temporary:
             yield temporary
     except OSError as error:

@@ -78,7 +78,6 @@ def export_adapter(lora: dict[str, Tensor], alpha: float, model: GPT, folder: Pa
         fan_in_fan_out=True,
     )
     weights = {their_adapter_name(name): weight.float() for name, weight in lora.items()}
-
     with reported_errors(folder, "written"):
         theirs = PeftModel(skeleton(new_config(model)), config)
         set_peft_model_state_dict(theirs, weights)
@@ -92,7 +91,6 @@ def export_adapter(lora: dict[str, Tensor], alpha: float, model: GPT, folder: Pa
 
 def their_adapter_name(name: str) -> str:
     layer, _, kind = name.rpartition(".")
-
     return f"{PREFIX}{their_name(layer)}.lora_{kind[-1].upper()}.weight"
 
 
@@ -121,7 +119,6 @@ def import_adapter(folder: Path, base_path: Path) -> dict:
     alpha = scales.pop() if len(scales) == 1 else 1.0
 
     lora = {name: torch.zeros(shape) for name, shape in lora_shapes(model, rank).items()}
-
     for name, layer in layers.items():
         factor = layer.scaling[ADAPTER] / alpha if alpha else 1.0
         a, b = (module[ADAPTER].weight.detach() for module in (layer.lora_A, layer.lora_B))
@@ -130,7 +127,6 @@ def import_adapter(folder: Path, base_path: Path) -> dict:
 
     # Also where alpha is none: B is not a number then.
     check_finite(lora, folder)
-
     return {
         "format_version": FORMAT_VERSION,
         "encoding": ENCODING,
@@ -200,7 +196,6 @@ def read_layers(folder: Path, config: LoraConfig, model: GPT) -> dict[str, LoraL
     problems |= {f"{name} has no place here" for name in report.unexpected_keys}
     report_problems(problems, folder)
     prefix = "" if is_whole else "transformer."
-
     return {
         prefix + name.removeprefix(PREFIX): layer
         for name, layer in theirs.named_modules()

@@ -118,7 +118,6 @@ def export_model(model: GPT, folder: Path, is_tuned: bool) -> None:
     card = CARD.read_text("utf-8").format(
         purpose=TUNED if is_tuned else PLAIN, parameters=theirs.num_parameters(), config=config
     )
-
     with reported_errors(folder, "written"):
         theirs.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -178,7 +177,6 @@ def export_weights(model: GPT, theirs: GPT2LMHeadModel) -> dict[str, Tensor]:
     }
     # Without the rows that fill up.
     weights[EMBEDDINGS] = weights[OUTPUT] = weights[EMBEDDINGS][: model.vocabulary_size]
-
     return {
         name: weights[name].float().contiguous() if name in weights else torch.zeros(weight.shape)
         for name, weight in theirs.state_dict().items()
@@ -193,7 +191,6 @@ def needed_files(names: list[str]) -> list[str]:
     """
     kinds = ([name for name in names if re.fullmatch(kind, name)] for kind in WEIGHT_FILES)
     weights = next(filter(None, kinds), None)
-
     if CONFIG_FILE not in names or not weights:
         missing = "model.safetensors or pytorch_model.bin" if CONFIG_FILE in names else CONFIG_FILE
         raise ConversionError(f"there is no {missing}")
@@ -210,7 +207,6 @@ def import_model(folder: Path) -> dict:
     config = read_config(folder)
     check_vocabulary(folder)
     theirs = load(folder, config).state_dict()
-
     if not torch.equal(theirs[OUTPUT], theirs[EMBEDDINGS]):
         raise ConversionError(
             f"{folder}: {OUTPUT} is not the weight of the token embeddings, {EMBEDDINGS}."
@@ -221,13 +217,11 @@ def import_model(folder: Path) -> dict:
         **{ours: getattr(config, name) for ours, name in SIZES.items()},
         "bias": True,
     }
-
     with torch.device("meta"):
         shapes = GPT(**model_args).state_dict()
 
     weights = {name: theirs[their_name(name)] for name in shapes}
     biases = [name for name in weights if name.endswith(".bias")]
-
     if not any(weights[name].any() for name in biases):
         model_args["bias"] = False
         weights = {name: weight for name, weight in weights.items() if name not in biases}
@@ -269,10 +263,8 @@ def read_config(folder: Path) -> GPT2Config:
 
     config = GPT2Config(**{name: getattr(theirs, name) for name in SIZES.values()})
     same = {"activation_function": "gelu_pytorch_tanh", "n_inner": 4 * config.n_embd}
-
     for name in ARCHITECTURE:
         value, wanted = getattr(theirs, name), getattr(config, name)
-
         if value not in (wanted, same.get(name, wanted)):
             raise ConversionError(f"{path}: {name} is {value}, {wanted} is needed.")
 
@@ -289,7 +281,6 @@ def check_vocabulary(folder: Path) -> None:
 
     # A token that was added behind these has no row of the embeddings.
     known = {token: number for token, number in vocabulary.items() if number < VOCABULARY_SIZE}
-
     if known != new_tokenizer(block_size=1).get_vocab():
         raise ConversionError(f"{folder} holds another vocabulary than GPT-2's, r50k_base.")
 
@@ -324,7 +315,6 @@ def load(folder: Path, config: GPT2Config) -> GPT2LMHeadModel:
         for name, found, wanted in report["mismatched_keys"]
     }
     report_problems(problems, folder)
-
     return model
 
 
@@ -340,7 +330,6 @@ def reported_errors(path: Path, action: str = "read") -> Iterator[None]:
     """Silence the libraries, and put what they raise into one line."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -366,7 +355,6 @@ def new_tokenizer(block_size: int) -> GPT2Tokenizer:
     # Checks the file of ranks.
     load_encoding()
     vocabulary, merges = TikTokenConverter().extract_vocab_merges_from_model(str(RANKS_PATH))
-
     return GPT2Tokenizer(
         vocab={**vocabulary, SPECIAL_TOKEN: END_OF_TEXT},
         merges=merges,
@@ -380,5 +368,4 @@ def chat_template() -> str:
     later, _ = LATER_TURN.split("{instruction}")
     texts = {"opening": opening, "closing": closing, "later": later}
     lines = [f"{{%- set {name} = {json.dumps(text)} -%}}\n" for name, text in texts.items()]
-
     return "".join(lines) + TEMPLATE.read_text("utf-8")

@@ -34,7 +34,6 @@ def resolve_device(name: str | None) -> torch.device:
         raise ValueError(f"--device must be cuda, cuda:N, mps or cpu, {name} given")
 
     kind, _, index = name.partition(":")
-
     if kind == "cuda" and not torch.cuda.is_available():
         raise DeviceError("--device: no CUDA device was found; --device=cpu runs without one.")
 
@@ -97,7 +96,6 @@ def resolve_precision(device: torch.device) -> str:
         # Nothing that a processor says of itself is as sure as a try: 6 times faster with matrix
         # units, 4 times slower without.
         rates = {name: matmul_rate(device, name) for name in ("bf16", "fp32")}
-
         return "bf16" if rates["bf16"] > 1.5 * rates["fp32"] else "fp32"
 
     return "fp32"
@@ -149,18 +147,15 @@ def compile_model(
         return "not compiled"
 
     probe = torch.compile(lambda x: torch.nn.functional.gelu(x + 1))
-
     try:
         probe(torch.zeros(64, device=device))
     except Exception as error:  # whatever a compiler that is missing or broken may raise
         return f"not compiled ({first_sentence(error)})"
 
     model.compile(dynamic=is_dynamic)
-
     return "compiled"
 
 
 def first_sentence(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-
     return lines[0][:120] if lines else type(error).__name__

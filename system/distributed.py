@@ -77,7 +77,6 @@ class World:
         """
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         given = {name: os.environ[name] for name in names if name in os.environ}
-
         if not given.keys() & {"RANK", "WORLD_SIZE"}:
             return cls()
 
@@ -94,7 +93,6 @@ class World:
             raise ProcessError(f"{text} is no place among processes; start them with torchrun.")
 
         num_restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-
         return cls(rank, size, local_rank, local_size, num_restarts)
 
     @property
@@ -119,7 +117,6 @@ class World:
 
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         backend = "nccl" if self.device.type == "cuda" else "gloo"
-
         try:
             self.base, _, _ = next(dist.rendezvous("env://", timeout=self.timeout))
             self.store = dist.PrefixStore(self.agree_on_name(self.base), self.base)
@@ -134,7 +131,6 @@ class World:
             self.control = dist.new_group(backend="gloo", timeout=NO_TIMEOUT)
         except (RuntimeError, ValueError, NoAnswerError) as error:
             cause = " ".join(str(error).split())[:150]
-
             if isinstance(error, NoAnswerError | dist.DistStoreError):
                 cause = "no answer"
             elif "EADDRINUSE" in cause:
@@ -154,12 +150,10 @@ class World:
         word = uuid.uuid4().hex
         greeting = "hello/{}".format
         store.set(greeting(self.rank), word)
-
         if not self.is_first:
             self.wait_until(lambda: store.check([word]))
             name = store.get(word).decode()
             store.set(f"{name}/{self.rank}", "")
-
             return name
 
         missing = set(range(1, self.size))
@@ -175,7 +169,6 @@ class World:
             return not missing
 
         self.wait_until(answer)
-
         return word
 
     def is_started_again(self) -> bool:
@@ -219,7 +212,6 @@ class World:
     def check_same(self, subject: str, value: object) -> None:
         """Raise ProcessError unless all processes give the same value."""
         digest = int(hashlib.sha256(repr(value).encode()).hexdigest()[:15], 16)
-
         if self.max(digest) != -self.max(-digest):
             raise ProcessError(
                 f"{subject} differ between processes; start all machines with the same command, on"
@@ -229,7 +221,6 @@ class World:
     def exchange(self, numbers: Iterable[int], operation) -> list[int]:
         """Reduce numbers over all processes; give in when one does not answer in time."""
         tensor = torch.tensor(list(numbers), dtype=torch.int64)
-
         if self.size > 1:
             work = dist.all_reduce(tensor, operation, group=self.control, async_op=True)
             self.wait_until(work.is_completed)
@@ -241,7 +232,6 @@ class World:
         """Wait in Python, and not in the library, where a signal would not be heard."""
         deadline = time.monotonic() + (timeout or self.timeout).total_seconds()
         pause = 1e-5
-
         while not is_done():
             if time.monotonic() > deadline:
                 raise NoAnswerError
@@ -256,7 +246,6 @@ class World:
             self.wait_for_all()
 
         yield
-
         if not self.local_rank:
             self.wait_for_all()
 
@@ -274,10 +263,8 @@ class World:
         All processes get as many: where nothing is left for one, it gets another's.
         """
         items = iter(items)
-
         while group := list(islice(items, self.size)):
             is_own = self.rank < len(group)
-
             yield group[self.rank if is_own else 0], is_own
 
     def wrap(self, model: nn.Module, layers: Iterable[nn.Module]) -> nn.Module:
@@ -295,14 +282,12 @@ class World:
             from torch.distributed.fsdp import fully_shard
 
             mesh = init_device_mesh(self.device.type, (self.size,))
-
             for layer in layers:
                 fully_shard(layer, mesh=mesh)
 
             return fully_shard(model, mesh=mesh)  # type: ignore[return-value]
 
         model.to(self.device)
-
         if self.size == 1:
             return model
 
@@ -310,7 +295,6 @@ class World:
 
         # The wrapper would cut compiled layers where its buckets end.
         torch._dynamo.config.optimize_ddp = False
-
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     def no_sync(self, network: nn.Module, is_last: bool):
@@ -336,7 +320,6 @@ class World:
     def is_lost_process(self, error: BaseException) -> bool:
         """Tell whether an error means that another process is gone."""
         is_remote = isinstance(error, NoAnswerError | dist.DistError)
-
         return self.size > 1 and (is_remote or "gloo" in str(error))
 
     def describe_lost_process(self, is_stopped: Callable[[], bool]) -> str:
@@ -349,7 +332,6 @@ class World:
         """
         deadline = time.monotonic() + PATIENCE
         self.ask_store(lambda store: store.set(f"alive/{self.rank}", ""), None)
-
         while time.monotonic() < deadline:
             if is_stopped():
                 return ""
@@ -362,7 +344,6 @@ class World:
         nobody: list[int] = []
         numbers = ", ".join(map(str, self.ask_store(find_lost, nobody)))
         lost = f"Process {numbers} of {self.size}" if numbers else "Another process"
-
         return f"{lost} ended or does not answer."
 
     def is_first_to_fail(self) -> bool:
@@ -383,7 +364,6 @@ class World:
         thread = threading.Thread(target=ask, daemon=True)
         thread.start()
         thread.join(PATIENCE)
-
         return answers[0] if answers else default
 
 
@@ -404,7 +384,6 @@ def unshard(value):
     """
     if is_sharded(value):
         tensor = value.full_tensor()
-
         return tensor.cpu() if dist.get_rank() == 0 else None
 
     if isinstance(value, dict):
@@ -431,7 +410,6 @@ def shard_like(tensor: Tensor, model: Tensor) -> Tensor:
 def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     """Scale gradients down to a norm of max_norm at most; return what it was."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-
     return norm.full_tensor() if is_sharded(norm) else norm
 
 

@@ -39,16 +39,13 @@ def replaced(
         OSError: when it cannot be written; what was at path is untouched.
     """
     temporary = temporary or temporary_path(path)
-
     try:
         with open(temporary, mode, **options) as file:
             yield file
-
             if is_forced:
                 sync(file)
 
         os.replace(temporary, path)
-
         if is_forced:
             sync_folder(path.parent)
     except BaseException:
@@ -61,7 +58,6 @@ def replaced(
 def write_whole(path: Path, content: bytes, is_forced: bool = True) -> None:
     """Write a small file, as replaced does; several processes may do so at a time."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-
     with replaced(path, temporary=temporary, is_forced=is_forced) as file:
         file.write(content)
 
@@ -70,7 +66,6 @@ def duplicate(source: Path, target: Path) -> None:
     """Make target a second link to source, or a copy of it; at no moment is target absent."""
     temporary = temporary_path(target)
     temporary.unlink(missing_ok=True)
-
     try:
         os.link(source, temporary)
     except OSError:
@@ -94,23 +89,19 @@ def new_folder(path: Path) -> Iterator[Path]:
         OSError: when it cannot be written, or something else is there.
     """
     temporary = temporary_path(path)
-
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise FileExistsError(errno.EEXIST, "it is there already")
 
     remove_left_over(temporary)
     temporary.mkdir()
-
     try:
         (temporary / MARK).touch()
         yield temporary
         (temporary / MARK).unlink()
         # Some libraries write files that only their owner can read.
         mode = temporary.stat().st_mode & 0o666
-
         for name in temporary.iterdir():
             name.chmod(mode)
-
             with open(name, "rb") as file:
                 sync(file)
 
@@ -141,7 +132,6 @@ def sync(file: IO) -> None:
 def sync_folder(folder: Path) -> None:
     """Make renames in a folder survive a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
-
     try:
         os.fsync(descriptor)
     finally:

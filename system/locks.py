@@ -59,11 +59,9 @@ class Lock:
     def acquire(self, wait: bool, on_wait: Callable[[str], None]) -> None:
         seen: tuple[dict | None, int | None] = (None, None)
         since, is_waiting = 0.0, False
-
         while not self.create():
             found = holder, _ = look(self.path)
             alive = is_alive(holder)
-
             if found != seen:
                 # A touch by the same holder is a sign of life from any machine.
                 if alive is None and holder and holder == seen[0]:
@@ -117,7 +115,6 @@ class Lock:
     def __exit__(self, *_) -> None:
         self.is_released.set()
         self.heartbeat.join()
-
         if look(self.path)[0] == self.record:
             self.path.unlink(missing_ok=True)
 
@@ -141,7 +138,6 @@ def look(path: Path) -> tuple[dict | None, int | None]:
         touched = path.stat().st_mtime_ns
 
     is_known = isinstance(holder, dict) and isinstance(holder.get("host"), str)
-
     return holder if is_known and isinstance(holder.get("process"), int) else None, touched
 
 
@@ -189,7 +185,6 @@ def describe(holder: dict | None) -> str:
 def host_name() -> str:
     """Name where a process number means one process: the machine, its last start, the container."""
     parts = [socket.gethostname()]
-
     with contextlib.suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
         parts.append(str(os.stat("/proc/self/ns/pid").st_ino))

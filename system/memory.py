@@ -21,7 +21,6 @@ def tune_memory() -> None:
     """
     # PyTorch reads it once, when it first allocates.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-
     if hasattr(libc := ctypes.CDLL(None), "mallopt"):
         trim_threshold, mmap_max = -1, -4
         libc.mallopt(trim_threshold, -1)
@@ -35,19 +34,16 @@ def peak_memory(device: torch.device) -> int:
 
     # Linux counts in ru_maxrss what the process that launched this one had by then.
     status = Path("/proc/self/status")
-
     if status.exists() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
         return 1024 * int(found[1])
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def library_memory(device: torch.device) -> int:
     """Return the bytes of a GPU that neither are free nor hold tensors of this process."""
     free, total = torch.cuda.mem_get_info(device)
-
     return total - free - torch.cuda.memory_reserved(device)
 
 
@@ -70,14 +66,12 @@ def num_bytes(value) -> int:
         return value.nbytes
 
     parts = value.values() if isinstance(value, dict) else value
-
     return sum(map(num_bytes, parts)) if isinstance(value, dict | list | tuple) else 0
 
 
 def available_memory() -> float:
     """Return the bytes that this process can still have, as far as Linux tells; else no limit."""
     limits = [math.inf]
-
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
         limits.append(1024 * next(int(line.split()[1]) for line in lines if "MemAvail" in line))
@@ -96,12 +90,10 @@ def available_memory() -> float:
 def control_groups() -> list[Path]:
     """Return what may limit the memory of this process on Linux: its group and those around it."""
     root = Path("/sys/fs/cgroup")
-
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
             if line.startswith("0::/"):
                 group = root / line.removeprefix("0::/")
-
                 return [folder for folder in (group, *group.parents) if folder.is_relative_to(root)]
 
     return [root]
@@ -110,5 +102,4 @@ def control_groups() -> list[Path]:
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether an error of PyTorch means that memory ran out; on a CPU it has no own type."""
     types = (torch.OutOfMemoryError, MemoryError)
-
     return isinstance(error, types) or "can't allocate memory" in str(error)

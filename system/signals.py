@@ -27,7 +27,6 @@ class StopSignal:
     def __enter__(self) -> "StopSignal":
         self.number = None
         self.previous = {number: signal.signal(number, self.handle) for number in self.SIGNALS}
-
         return self
 
     def __exit__(self, *_) -> None:

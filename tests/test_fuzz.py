@@ -101,7 +101,7 @@ def test_any_command_line(monkeypatch, tmp_path, check_answer, name, number):
     script = importlib.import_module(name)
 
     if name == "generate":
-        monkeypatch.setattr(script, "Speaker", lambda *args: None)
+        monkeypatch.setattr(script, "TextGenerator", lambda *args: None)
         monkeypatch.setattr(script, "answer_all", lambda *args: None)
     else:
         # As a run that has no epoch left.

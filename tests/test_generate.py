@@ -84,10 +84,10 @@ def run(script, checkpoint, capsys, monkeypatch, tmp_path):
 
 def tokens_of(script, monkeypatch, tokens: list[list[int]]) -> None:
     """Let the network choose given tokens, a list for each step."""
-    from inference import decoding
+    from inference import continuation
 
     steps = [torch.tensor(step) for step in tokens]
-    monkeypatch.setattr(decoding, "generate", lambda *_: iter(steps))
+    monkeypatch.setattr(continuation, "generate", lambda *_: iter(steps))
 
 
 FAST = ("--precision=fp32", "--max_tokens=8", "--seed=3")
@@ -181,7 +181,7 @@ def test_an_empty_prompt_begins_a_text(run):
 
     assert status == 0
     assert output.strip("\n")
-    assert "The prompt is empty" in errors
+    assert "Empty prompt" in errors
 
 
 def test_of_a_long_prompt_the_last_tokens_are_read(run):
@@ -189,7 +189,7 @@ def test_of_a_long_prompt_the_last_tokens_are_read(run):
     _, output, errors = run(f"--prompt=x{words}", *FAST)
     _, expected, _ = run(f"--prompt={words[-5 * 32 :]}", *FAST)
 
-    assert "The prompt has 101 tokens, the last 32 are read" in errors
+    assert "The prompt has 101 tokens; the context of the model holds the last 32." in errors
     assert output.removeprefix(f"x{words}") == expected.removeprefix(words[-5 * 32 :])
 
 
@@ -495,12 +495,13 @@ def test_the_template_is_put_around_an_instruction(run, script, checkpoint, tmp_
     (tmp_path / "out").mkdir()
     write_lora(tmp_path / "out" / "lora.pt", load_checkpoint(checkpoint, ("model",)))
     prompts = []
-    continuations = script.Speaker.continuations
-    monkeypatch.setattr(
-        script.Speaker,
-        "continuations",
-        lambda self, prompt: prompts.append(prompt) or continuations(self, prompt),
-    )
+    tokens = script.TextGenerator.tokens
+
+    def tokens_of(self, prompt):
+        prompts.append(tokens(self, prompt))
+        return prompts[-1]
+
+    monkeypatch.setattr(script.TextGenerator, "tokens", tokens_of)
     run("--prompt=Say {input}", *FAST)
     run("--prompt=Say {input}", *FAST, "--raw")
     wrapped, raw = (load_encoding().decode(prompt) for prompt in prompts)
@@ -564,12 +565,12 @@ def test_an_adapter_that_was_asked_for_has_to_be_there(run):
 
 
 def test_out_of_memory_is_one_line(run, monkeypatch):
-    from inference import decoding
+    from inference import continuation
 
     def fail(*_):
         raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr(decoding, "generate", fail)
+    monkeypatch.setattr(continuation, "generate", fail)
     status, _, errors = run("--prompt=a")
 
     assert status == 1

@@ -18,14 +18,12 @@ def reported_errors(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-
         raise DataError(f"{what} cannot be read: {one_line(reason)}.") from error
 
 
 def one_line(error: object, max_size: int = 240) -> str:
     """Put the message of an error into one line without a full stop."""
     text = " ".join(str(error).split()) or type(error).__name__
-
     return (text[: max_size - 1] + "…" if len(text) > max_size else text).rstrip(".")
 
 

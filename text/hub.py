@@ -75,12 +75,10 @@ class HubDataset:
                 return self.converted_listing(revision.partition("@")[2])
 
             info = self.info(revision)
-
             if f"{self.repository.split('/')[1]}.py" in (file.rfilename for file in info.siblings):
                 return self.converted_listing()
 
             kind, paths = self.data_files(info.sha)
-
             return Listing(tuple(self.files(kind, paths, info.sha)), info.sha)
 
     @classmethod
@@ -88,7 +86,6 @@ class HubDataset:
         """Read owner/name or owner/name:config; None where that is no such name."""
         # The Hub allows no two dashes in a row, so they can stand for what file names do not have.
         match = re.fullmatch(r"(\w[\w.-]*/[\w.-]+)(?::([\w.-]+))?", value)
-
         if not match or "--" in match[1]:
             return None
 
@@ -151,7 +148,6 @@ class HubDataset:
         )
         kind = type(builder).__module__.split(".")[-1]
         splits = builder.config.data_files or {}
-
         if kind not in READERS:
             raise DataError(f"its format is {kind}, read are {', '.join(READERS)}")
 
@@ -180,7 +176,6 @@ class HubDataset:
         }
         configs = sorted({place[1] for place in places.values() if place})
         config = self.config or (configs[0] if len(configs) == 1 else "default")
-
         if config not in configs:
             raise DataError(
                 f"its configurations are {', '.join(configs) or 'none'}; choose one by"
@@ -192,12 +187,10 @@ class HubDataset:
             f"Note:   {self.repository} holds a loading script, which is not run; its automatic"
             f" conversion to parquet is taken ({PARQUET_REVISION})"
         )
-
         if any(place[2] for place in chosen.values()):
             print(f"Note:   that conversion is partial: the Hub has not converted all of {config}")
 
         files = self.files("parquet", sorted(chosen), info.sha)
-
         return Listing(tuple(files), f"{PARQUET_REVISION}@{info.sha}")
 
     def files(self, kind: str, paths: Sequence[str], revision: str) -> Iterator["HubFile"]:
@@ -205,7 +198,6 @@ class HubDataset:
         from huggingface_hub import HfApi
 
         found = {}
-
         for first in range(0, len(paths), 256):
             some = list(paths[first : first + 256])
             ask = functools.partial(
@@ -220,7 +212,6 @@ class HubDataset:
 
         for path in paths:
             info = found[path]
-
             yield HubFile(self.repository, revision, path, info.size, kind, digest_of(info))
 
 
@@ -261,7 +252,6 @@ class HubFile:
         disable_progress_bars()
         # hf_xet buffers gigabytes in every process, and may fill the user's cache.
         constants.HF_HUB_DISABLE_XET = self.size <= MAX_HTTP_SIZE
-
         try:
             with hub_errors(self.description):
                 path = download(
@@ -309,7 +299,6 @@ def download_model(repository: str, choose: Callable[[list[str]], list[str]]) ->
         infos = insist(
             lambda: HfApi().get_paths_info(model.id, names, revision=model.sha), repository
         )
-
         for info in infos:
             path = download(model.id, info.path, str(model.sha), digest_of(info))
 
@@ -332,7 +321,6 @@ def download(repository: str, name: str, revision: str, digest: str, **options) 
             raise (error.__cause__ or error) from None
 
         check_download(path, digest)
-
         return path
 
     return insist(fetch, f"{repository}/{name}")
@@ -341,7 +329,6 @@ def download(repository: str, name: str, revision: str, digest: str, **options) 
 def check_download(path: Path, digest: str) -> None:
     """Compare a file with its digest; remove it, and what it is a link to, if it is another one."""
     found = new_hash(digest, path.stat().st_size)
-
     with open(path, "rb") as file:
         while chunk := file.read(1 << 24):
             found.update(chunk)
@@ -349,7 +336,6 @@ def check_download(path: Path, digest: str) -> None:
     if found.hexdigest() != digest.partition(":")[2]:
         path.resolve().unlink()
         path.unlink(missing_ok=True)
-
         raise DamagedDownloadError(
             f"{path.name} does not have the checksum that the Hub gives for it, and is removed"
         )
@@ -374,7 +360,6 @@ def insist(action: Callable[[], T], what: str, pauses: Sequence[float] | None = 
     The last failure is raised, and at once one that another try cannot cure.
     """
     quiet_client()
-
     for pause in RETRY_PAUSES if pauses is None else pauses:
         try:
             return action()
@@ -391,14 +376,12 @@ def insist(action: Callable[[], T], what: str, pauses: Sequence[float] | None = 
 def is_passing(error: Exception) -> bool:
     """Whether another try may succeed: a busy server or a broken connection, no wrong request."""
     response = getattr(error, "response", None)
-
     if response is not None:
         return response.status_code in PASSING_STATUSES
 
     # The client raises a bare OSError when a file ends too early.
     is_short = type(error) is OSError and error.errno is None
     package = type(error).__module__.split(".")[0]
-
     return (
         isinstance(error, ConnectionError | TimeoutError | DamagedDownloadError)
         or is_short
@@ -426,7 +409,6 @@ def hub_errors(
 
         is_for_now = is_passing(error) or isinstance(error, UnreachableError)
         again = " The same command goes on where this one stopped." if is_for_now else ""
-
         raise DataError(
             f"{what} cannot be read from the Hub: {one_line(error)}.{again} {way_out}"
         ) from error

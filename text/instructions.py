@@ -52,7 +52,6 @@ def format_prompt(instruction: str, input_: str = "") -> str:
 def fill(template: str, instruction: str, input_: str = "") -> str:
     """Put texts into a template; braces in them are text like any other."""
     values = {"{instruction}": instruction, "{input}": input_}
-
     return re.sub(r"{instruction}|{input}", lambda match: values[match[0]], template)
 
 
@@ -70,7 +69,6 @@ def turns_of(row: object) -> list[Turn]:
 
     if "instruction" in row and "output" in row:
         prompt = format_prompt(text_of(row, "instruction"), text_of(row, "input"))
-
         return [Turn(prompt, text_of(row, "output"))]
 
     if "prompt" in row and "completion" in row:
@@ -90,13 +88,11 @@ def turns_of_messages(messages: object) -> list[Turn]:
 
     turns: list[Turn] = []
     introduction, question = "", None
-
     for message in messages if isinstance(messages, list) else []:
         if not isinstance(message, dict):
             raise ValueError("a message has no role")
 
         role, content = message.get("role"), text_of(message, "content")
-
         if role == "system":
             introduction = content
         elif role == "user":
@@ -125,7 +121,6 @@ def format_turn(instruction: str, introduction: str, number: int) -> str:
 
 def text_of(row: dict, name: str) -> str:
     text = row.get(name)
-
     if text is None:
         return ""
 
@@ -145,7 +140,6 @@ def encode_turns(turns: Sequence[Turn], block_size: int, mask_input: bool) -> Ex
     # An example of T + 1 tokens has T inputs, and T targets one place further.
     size = block_size + 1
     pieces, are_targets = [], []
-
     for prompt, answer in turns:
         for text, is_answer in ((prompt, False), (answer, True)):
             # No more than can have a place.
@@ -154,5 +148,4 @@ def encode_turns(turns: Sequence[Turn], block_size: int, mask_input: bool) -> Ex
             are_targets.append(np.full(len(pieces[-1]), is_answer or not mask_input))
 
     tokens = np.concatenate(pieces).astype(TOKEN_TYPE)
-
     return Example(tokens[:size], np.concatenate(are_targets)[:size], len(tokens) > size)

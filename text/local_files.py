@@ -80,7 +80,6 @@ def kind_of(path: Path) -> str | None:
 
 def kind_of_name(name: str) -> str | None:
     path = Path(name.lower())
-
     return SUFFIXES.get(Path(path.stem).suffix if is_packed(name) else path.suffix)
 
 
@@ -91,7 +90,6 @@ def is_packed(name: str) -> bool:
 def decompress(file: BinaryIO, name: str) -> BinaryIO:
     """Decompress a file as the suffix of its name says."""
     suffix = Path(name).suffix.lower()
-
     if suffix in COMPRESSIONS:
         return COMPRESSIONS[suffix](file)
 

@@ -86,7 +86,6 @@ def place_hash(name: str, row: int) -> float:
     """Map the place of a document to [0, 1): its split depends on nothing else."""
     place = f"{name} {row}".encode(errors="surrogateescape")
     digest = hashlib.blake2b(place, digest_size=8).digest()
-
     return int.from_bytes(digest, "little") / 2**64
 
 
@@ -102,15 +101,12 @@ class Journal:
         self.head: dict = {}
         self.units: dict[str, dict] = {}
         self.is_complete = False
-
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             head, *lines = path.read_text().split("\n")
             self.head = dict(json.loads(head))
-
             for line in lines[:-1]:
                 unit = json.loads(line)
                 self.is_complete = unit == COMPLETE
-
                 if not self.is_complete:
                     self.units[unit["unit"]] = unit
 
@@ -132,7 +128,6 @@ class Journal:
     def open(self, description: str, revision: str) -> None:
         """Go on with the parts of just this text, or begin anew."""
         head = self.head_of(description, revision)
-
         if self.head != head:
             shutil.rmtree(self.path.parent)
             self.path.parent.mkdir()
@@ -149,7 +144,6 @@ class Journal:
     def keep(self, num_parts: int) -> None:
         """Forget the units from the one on that has more than the first num_parts parts."""
         kept, self.units, self.parts, self.is_complete = self.units, {}, [], False
-
         for key, unit in kept.items():
             if len(self.parts) + len(unit["parts"]) > num_parts:
                 break
@@ -202,7 +196,6 @@ class JoinedFiles:
 
     def __enter__(self) -> "JoinedFiles":
         self.go_on()
-
         return self
 
     def __exit__(self, *_) -> None:
@@ -215,18 +208,14 @@ class JoinedFiles:
         is_left = [(self.folder / part["name"]).exists() for part in parts]
         self.num_joined = is_left.index(True) if True in is_left else len(parts)
         self.choose_share()
-
         if self.num_test_classes is None:
             self.num_joined = 0
 
         joined = parts[: self.num_joined]
-
         for split, file in self.files.items():
             size = sum(self.size(part, split) for part in joined)
-
             if os.fstat(file.fileno()).st_size < size:
                 shutil.rmtree(self.folder)
-
                 raise DataError(
                     f"{file.name} was damaged and is deleted; start the same command again."
                 )
@@ -234,7 +223,6 @@ class JoinedFiles:
             file.truncate(size)
             file.seek(0)
             self.num_bytes += size
-
             while chunk := file.read(1 << 24):
                 self.digests[split].update(chunk)
 
@@ -247,7 +235,6 @@ class JoinedFiles:
         """Return the content of a part, None when it is not what the journal says."""
         with contextlib.suppress(FileNotFoundError):
             content = (self.folder / part["name"]).read_bytes()
-
             return content if zlib.crc32(content) == part["crc32"] else None
 
         return None
@@ -274,7 +261,6 @@ class JoinedFiles:
         """
         tokens = sum_lists(self.journal.parts, "tokens")
         is_enough = np.cumsum(tokens[:-1]) >= MIN_TEST_TOKENS
-
         if is_enough[0]:
             self.num_test_classes = 1
         elif self.journal.is_complete:
@@ -295,7 +281,6 @@ class JoinedFiles:
 
         for part in self.journal.parts[self.num_joined :]:
             content = self.read(part)
-
             if content is None:
                 raise DataError(
                     f"A part in {self.folder} was damaged; start the same command again."
@@ -308,7 +293,6 @@ class JoinedFiles:
             self.num_bytes += len(content)
             self.num_waiting += len(content)
             self.waiting.append(self.folder / part["name"])
-
             if self.num_waiting > max(self.MIN_WAITING, self.WAITING_SHARE * self.num_bytes):
                 self.force()
 
@@ -332,7 +316,6 @@ class JoinedFiles:
         self.add_new_parts()
         self.force()
         sums = {key: sum_lists(self.journal.parts, key) for key in ("documents", "tokens")}
-
         return {
             split: {
                 **{key: int(values[classes].sum()) for key, values in sums.items()},

@@ -65,13 +65,11 @@ def load_or_prepare(source: Source, folder: Path, num_processes: int) -> TokenDa
 def is_prepared(source: Source, folder: Path) -> bool:
     """Whether there are token files of just this text; the Hub is not asked."""
     path = folder / f"{source.name}.json"
-
     if not path.exists():
         return False
 
     sidecar = read_sidecar(path)
     prepared = sidecar["source"], sidecar["revision"]
-
     return source.is_hub or prepared == (source.description, source.revision())
 
 
@@ -89,13 +87,11 @@ def prepare(source: Source, folder: Path, num_processes: int) -> None:
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-
         with Lock(folder / f"{source.name}.lock", on_wait=report) as lock:
             if not is_prepared(source, folder):
                 tell_change(source, folder)
                 shutil.rmtree(finished_path(parts), ignore_errors=True)
                 parts.mkdir(exist_ok=True)
-
                 with no_downloads_left(parts):
                     prepare_parts(source, parts, num_processes)
 
@@ -106,7 +102,6 @@ def prepare(source: Source, folder: Path, num_processes: int) -> None:
     except OSError as error:
         cure = "Make room" if is_full_disk(error) else "Choose another --dataset_path"
         kept = f"; what is whole is kept in {parts}, the same command goes on with it"
-
         raise DataError(
             f"{error.filename or folder} cannot be written: {error.strerror}."
             f" {cure}{kept if parts.is_dir() else ''}."
@@ -122,7 +117,6 @@ def no_downloads_left(parts: Path) -> Iterator[None]:
             shutil.rmtree(folder, ignore_errors=True)
 
     remove()
-
     try:
         yield
     finally:
@@ -132,7 +126,6 @@ def no_downloads_left(parts: Path) -> Iterator[None]:
 def tell_change(source: Source, folder: Path) -> None:
     """Print why a source is prepared again."""
     path = folder / f"{source.name}.json"
-
     if path.exists():
         sidecar = read_sidecar(path)
         print(
@@ -152,7 +145,6 @@ def prepare_parts(source: Source, parts: Path, num_processes: int) -> None:
 
     # When all is tokenized the Hub has nothing more to say.
     is_tokenized = journal.is_complete and journal.is_of(source.description, journal.revision)
-
     if not (is_tokenized and source.is_hub):
         listing = source.listing(journal.revision)
         journal.open(source.description, listing.revision)
@@ -163,7 +155,6 @@ def prepare_parts(source: Source, parts: Path, num_processes: int) -> None:
     with JoinedFiles(parts, journal) as joined:
         if not journal.is_complete:
             listing = listing or source.listing(journal.revision)
-
             for _ in tokenize(source, listing, parts, journal, num_processes):
                 joined.add_new_parts()
 
@@ -174,7 +165,6 @@ def prepare_parts(source: Source, parts: Path, num_processes: int) -> None:
     for split in SPLITS:
         if not counts[split]["documents"]:
             shutil.rmtree(parts)
-
             raise DataError(
                 f"{source.name} has {counts['train']['documents']} documents to train on and"
                 f" {counts['test']['documents']} to test on; it takes at least one of each,"
@@ -236,17 +226,14 @@ def units(files: tuple, finished: set[str]) -> Iterator[Unit]:
     """Divide files into work, in order; chunks of a large file go on until it is in finished."""
     group: list = []
     size = before = 0
-
     for number, file in enumerate(files):
         is_divided = file.is_divisible and file.size > UNIT_SIZE
-
         if group and (is_divided or size + file.size > UNIT_SIZE):
             yield Unit(f"{number - len(group):08d}", tuple(group), before - size)
             group, size = [], 0
 
         if is_divided:
             chunks = itertools.count()
-
             while file.name not in finished:
                 chunk = next(chunks)
                 yield Unit(f"{number:08d}-{chunk:06d}", (file,), before, chunk)
@@ -275,7 +262,6 @@ def tokenize(
     bar |= {} if is_terminal else {"mininterval": 60.0, "maxinterval": 60.0}
     num_tokens = 0
     open_reader.cache_clear()
-
     with contextlib.closing(results), tqdm(total=listing.size, **bar) as progress:
         for unit, result in results:
             if result["ended"]:
@@ -287,7 +273,6 @@ def tokenize(
             num_tokens += sum(sum(part["tokens"]) for part in result["parts"])
             progress.set_postfix_str(f"{num_tokens:,} tokens", refresh=False)
             progress.update(max(0, result["position"] - progress.n))
-
             yield
 
 
@@ -299,7 +284,6 @@ def tokenize_unit(parts: Path, unit: Unit) -> dict:
         of all files are behind it.
     """
     writer = PartWriter(parts, unit.key)
-
     if unit.chunk is None:
         download = parts / f"{unit.key}{DOWNLOAD}"
         ended, position = tokenize_files(unit.files, writer, download)
@@ -307,7 +291,6 @@ def tokenize_unit(parts: Path, unit: Unit) -> dict:
         ended, position = tokenize_chunk(unit.files[0], unit.chunk, writer)
 
     writer.flush()
-
     return {
         "unit": unit.key,
         "parts": writer.records,
@@ -334,7 +317,6 @@ def tokenize_chunk(file, chunk: int, writer: PartWriter) -> tuple[bool, int]:
     """Tokenize one chunk of a file; return whether it has ended and how far it has been read."""
     try:
         reader = open_reader(file)
-
         if reader.number > chunk:
             open_reader.cache_clear()
             reader = open_reader(file)

@@ -66,7 +66,6 @@ class Reader:
         self.number = 0
         self.row = 0
         self.is_finished = False
-
         with reported_errors(file.description):
             self.raw = open(file.path, "rb")  # noqa: SIM115
             self.content = decompress(self.raw, file.path.name)
@@ -87,7 +86,6 @@ class Reader:
     def chunk(self) -> Iterator[tuple[int, str | None]]:
         """Yield the texts of the next rows, each with its number; none behind the last."""
         number = self.row
-
         for place, row in self.rows():
             try:
                 text = document_of(row)
@@ -106,11 +104,9 @@ class Reader:
     def skip(self) -> list[Block]:
         """Return the next chunk without decoding it, which would be most of the work."""
         blocks, size = [], 0
-
         with reported_errors(self.file.description):
             while size < self.CHUNK_SIZE:
                 block = next(self.blocks, None)
-
                 if block is None:
                     self.is_finished = True
                     break
@@ -120,7 +116,6 @@ class Reader:
                 self.row += block.num_rows
 
         self.number += 1
-
         return blocks
 
 
@@ -155,12 +150,10 @@ def read_text(content: BinaryIO, file: LocalFile, *_) -> Generator[Block, None, 
 
     is_utf16 = content.peek(2).startswith(UTF16_MARKS)
     text = io.TextIOWrapper(content, "utf-16" if is_utf16 else "utf-8-sig", errors="replace")
-
     try:
         head = text.read(MAX_DOCUMENT + 1)
         is_one = not file.is_cut and len(head) <= MAX_DOCUMENT
         blocks = itertools.chain([head], iter(lambda: text.read(MAX_DOCUMENT), ""))
-
         for number, document in enumerate([head] if is_one else cut(blocks)):
             yield block_of_one(f"document {number}", {"text": document}, len(document))
     finally:
@@ -177,16 +170,13 @@ def cut(blocks: Iterator[str], size: int = 8192) -> Iterator[str]:
     A lone file has to give both text to train on and text to test on.
     """
     rest = ""
-
     for block in blocks:
         lines = (rest + block).splitlines(keepends=True)
         # The last line may go on in the next block.
         rest = lines.pop() if lines and len(lines[-1]) < MAX_DOCUMENT else ""
         document = ""
-
         for line in lines:
             document += line
-
             if len(document) >= (2 * size if line.strip() else size):
                 yield document
                 document = ""
@@ -201,7 +191,6 @@ def read_json(
 ) -> Generator[Block, None, None]:
     """Read an object a line, or, where rows are no documents, a list of objects."""
     head = [] if is_text else lines_to_first_row(content)
-
     if head and decoded(head[-1]).lstrip().startswith("["):
         rows = parse_json(decoded(b"".join([*head, content.read()])))
         yield Block(len(rows), 0, lambda: [(f"row {n}", row) for n, row in enumerate(rows)])
@@ -214,10 +203,8 @@ def read_json(
 def lines_to_first_row(content: BinaryIO) -> list[bytes]:
     """Return the lines up to the first that is not blank."""
     lines = []
-
     for line in content:
         lines.append(line)
-
         if line.strip():
             break
 
@@ -226,7 +213,6 @@ def lines_to_first_row(content: BinaryIO) -> list[bytes]:
 
 def json_rows(number: int, line: bytes) -> list[Row]:
     text = decoded(line)
-
     try:
         row = parse_json(text) if text.strip() else None
     except (ValueError, RecursionError):
@@ -249,13 +235,11 @@ def read_csv(
 ) -> Generator[Block, None, None]:
     csv.field_size_limit(1 << 30)
     lines = io.TextIOWrapper(content, "utf-8-sig", errors="replace", newline="")
-
     try:
         values = csv.reader(lines, strict=not is_text)
         names = next(values, [])
         check_columns(file, names, is_text)
         places = {name: names.index(name) for name in columns if name in names}
-
         while True:
             try:
                 found = next(values)
@@ -267,7 +251,6 @@ def read_csv(
 
             row = csv_row(found, places, len(names) if not is_text else None)
             size = sum(map(len, filter(None, row.values()))) if isinstance(row, dict) else 0
-
             yield block_of_one(f"line {values.line_num}", row, size)
     finally:
         lines.detach()
@@ -301,18 +284,15 @@ def read_parquet(
     table = pyarrow.parquet.ParquetFile(content, buffer_size=1 << 20)
     schema = table.schema_arrow
     check_columns(file, schema.names, is_text)
-
     if is_text and not holds_text(kind := schema.types[schema.names.index("text")]):
         raise DataError(f"{file.description}: the column `text` holds {kind}, not text.")
 
     names = [name for name in schema.names if name in columns]
     first = 0
-
     for group in range(table.num_row_groups):
         metadata = table.metadata.row_group(group)
         # Of all columns: asking a damaged file for a single one can crash the process.
         size = metadata.total_byte_size
-
         if size + metadata.num_rows * Reader.ROW_SIZE <= MAX_LAZY_GROUP:
             # Whoever skips it does not even read it.
             rows = functools.partial(group_rows, table, group, names, first)
@@ -340,7 +320,6 @@ def group_rows(table, group: int, names: list[str], first: int) -> Iterator[Row]
 def batch_rows(batch, first: int) -> Iterator[Row]:
     """Decode rows, of which the first has the number first in its file."""
     columns = {name: column_values(batch.column(name)) for name in batch.schema.names}
-
     for i in range(batch.num_rows):
         yield f"row {first + i}", {name: values[i] for name, values in columns.items()}
 

@@ -41,7 +41,6 @@ class RowFile:
             DataError: when the file is damaged, or not what its name says.
         """
         kind = kind_of_rows(self.path.name) or "json"
-
         with reported_errors(self.description):
             file = LocalFile(self.path, self.path.name, self.path.stat().st_size, kind)
 
@@ -63,20 +62,16 @@ class StandardLibraryFunctions:
 
     def rows(self) -> Iterator[Row]:
         library = StandardLibrary()
-
         for path in library.paths():
             source = path.read_bytes().decode("utf-8", errors="replace").lstrip("\N{BOM}")
-
             try:
                 tree = ast.parse(source)
             except (SyntaxError, ValueError):
                 continue
 
             place = path.relative_to(library.path).as_posix()
-
             for node, owner in functions_of(tree):
                 row = row_of_function(node, owner, source)
-
                 if row and len(row["output"]) <= self.MAX_SIZE:
                     yield f"{place}, line {node.lineno}", row
 
@@ -112,7 +107,6 @@ def parse_row_source(value: str) -> RowSource:
         return StandardLibraryFunctions()
 
     path = Path(value)
-
     try:
         is_file, is_there = path.is_file(), bool(value) and path.exists()
     except OSError as error:
@@ -137,7 +131,6 @@ def parse_row_source(value: str) -> RowSource:
 
 def kind_of_rows(name: str) -> str | None:
     kind = kind_of_name(name)
-
     return (
         "json"
         if kind is None and re.search(r"\.json(\.gz|\.bz2|\.xz|\.zst)?$", name.lower())
@@ -162,7 +155,6 @@ def functions_of(tree: ast.Module) -> Iterator[tuple[Function, str]]:
 def row_of_function(node: Function, owner: str, source: str) -> dict | None:
     """Return the row of a function; None without documentation, or without more than that."""
     documentation = ast.get_docstring(node)
-
     if not documentation or len(node.body) < 2:
         return None
 
@@ -171,13 +163,11 @@ def row_of_function(node: Function, owner: str, source: str) -> dict | None:
     # Decorators stand above the line that the function has.
     begin = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
     kept = [*lines[begin - 1 : first - 1], *lines[last : node.end_lineno]]
-
     if first == node.lineno or not documentation.strip():
         return None
 
     paragraph = " ".join(documentation.split("\n\n")[0].split())
     suffix = f" (a method of {owner})" if owner else ""
-
     return {
         "instruction": f"{node.name}({ast.unparse(node.args)}): {paragraph}{suffix}",
         "output": dedent("\n".join(kept)),
@@ -187,7 +177,6 @@ def row_of_function(node: Function, owner: str, source: str) -> dict | None:
 def dedent(text: str) -> str:
     """Take the indentation of the first line off all lines that have it."""
     indentation = text[: len(text) - len(text.lstrip())]
-
     return "\n".join(line.removeprefix(indentation) for line in text.splitlines())
 
 
@@ -207,7 +196,6 @@ class Examples:
     def fingerprint(self) -> str:
         """A digest of all tokens and targets, by which a resumed run knows its data."""
         digest = hashlib.sha256()
-
         for example in (*self.train, *self.test):
             digest.update(f"{len(example.tokens)} ".encode())
             digest.update(example.tokens.data)
@@ -226,7 +214,6 @@ def load_examples(source: RowSource, block_size: int, mask_input: bool) -> Examp
     """
     kept: list[tuple[float, Example]] = []
     malformed, empty, cut, unanswered = [], [], [], []
-
     for place, row in source.rows():
         try:
             if isinstance(row, ValueError):
@@ -242,7 +229,6 @@ def load_examples(source: RowSource, block_size: int, mask_input: bool) -> Examp
             continue
 
         example = encode_turns(turns, block_size, mask_input)
-
         if not has_answer(turns, example):
             unanswered.append(place)
             continue
@@ -258,10 +244,8 @@ def load_examples(source: RowSource, block_size: int, mask_input: bool) -> Examp
         *note(unanswered, f"have no room for an answer in {block_size} tokens and are left out"),
         *note(cut, f"are cut at {block_size} tokens"),
     ]
-
     if len(kept) < 2:
         reasons = "".join(f"; {note}" for note in notes)
-
         raise DataError(
             f"{source.description} has {len(kept)} rows to train and test on, 2 are"
             f" needed{reasons}."
@@ -270,7 +254,6 @@ def load_examples(source: RowSource, block_size: int, mask_input: bool) -> Examp
     # A source of a few rows has one to test on, and one to train on, all the same.
     smallest, *_, largest = sorted(share for share, _ in kept)
     limit = min(max(TEST_SHARE, math.nextafter(smallest, 1)), largest)
-
     return Examples(
         [example for share, example in kept if share >= limit],
         [example for share, example in kept if share < limit],
@@ -296,5 +279,4 @@ def note(places: list[str], what: str) -> list[str]:
     names = "; ".join(one_line(without_surrogates(place), 120) for place in places[:3])
     names = "".join(letter if letter.isprintable() else "?" for letter in names)
     names += "; …" if len(places) > 3 else ""
-
     return [f"{len(places):,} rows {what} ({names})"]

@@ -32,7 +32,6 @@ class TextFiles:
         # Two folders of one name must not share their token files.
         digest = hashlib.sha256(os.fsencode(self.path.resolve())).hexdigest()
         stem = without_surrogates(self.path.resolve().stem[:60])
-
         return f"{stem or 'root'}-{digest[:8]}"
 
     @property
@@ -61,7 +60,6 @@ class TextFiles:
 
         for folder, folders, files in os.walk(self.path, onerror=stop, followlinks=True):
             place = Path(folder).resolve()
-
             if place in seen or place in excluded:
                 folders.clear()
                 continue
@@ -75,10 +73,8 @@ class TextFiles:
     def revision(self) -> str:
         """Return number, size and a digest of names and times of the files, to notice a change."""
         digest, size = hashlib.sha256(), 0
-
         with reported_errors(self.description):
             paths = self.paths()
-
             for path in paths:
                 status = path.stat()
                 size += status.st_size
@@ -95,13 +91,11 @@ class TextFiles:
         """
         revision = self.revision()
         files, foreign = [], []
-
         with reported_errors(self.description):
             sizes = {path: path.stat().st_size for path in self.paths()}
 
         for path, size in sizes.items():
             kind = kind_of(path) if size else None
-
             if kind:
                 name = path.relative_to(self.path).as_posix()
                 files.append(LocalFile(path, name, size, kind, is_cut=path == self.path))
@@ -151,7 +145,6 @@ def parse_source(value: str, excluded: tuple[Path, ...] = ()) -> tuple[Source, f
     """
     head, separator, tail = value.rpartition("=")
     weight = None
-
     if separator and not os.path.exists(value):
         try:
             weight = float(tail)

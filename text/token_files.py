@@ -41,7 +41,6 @@ def open_dataset(folder: Path, name: str) -> TokenDataset:
     train, test = (
         np.memmap(token_path(folder, name, split), dtype=TOKEN_TYPE, mode="r") for split in SPLITS
     )
-
     return TokenDataset(name, train, test, sidecar["train"]["sha256"])
 
 
@@ -52,11 +51,9 @@ def token_path(folder: Path, name: str, split: str) -> Path:
 def read_sidecar(path: Path) -> dict:
     """Read what is known about a pair of token files, and refuse what this code cannot use."""
     remedy = f"delete {path} to have the dataset prepared again"
-
     try:
         sidecar = json.loads(path.read_text())
         version, encoding = sidecar["format_version"], sidecar["encoding"]
-
         if version == FORMAT_VERSION:
             [sidecar[split][key] for split in SPLITS for key in ("documents", "sha256")]
             [sidecar[split]["tokens"] + 0 for split in SPLITS]
@@ -82,14 +79,12 @@ def verify(folder: Path, name: str, sidecar: dict) -> None:
     check_sizes(folder, name, sidecar)
     stamp_path = folder / f"{name}.verified"
     stamp = state_of(folder, name, sidecar)
-
     if stamp_path.exists() and stamp_path.read_bytes() == stamp:
         return
 
     for split in SPLITS:
         path = token_path(folder, name, split)
         digest, largest = scan(path)
-
         if digest != sidecar[split]["sha256"]:
             raise DataError(f"{path} is damaged; delete {name}.json to have it prepared again.")
 
@@ -108,7 +103,6 @@ def check_sizes(folder: Path, name: str, sidecar: dict) -> None:
     for split in SPLITS:
         path = token_path(folder, name, split)
         expected = sidecar[split]["tokens"] * TOKEN_TYPE.itemsize
-
         if not path.exists():
             raise DataError(f"{path} is missing; delete {name}.json to have it prepared again.")
 
@@ -122,7 +116,6 @@ def check_sizes(folder: Path, name: str, sidecar: dict) -> None:
 def state_of(folder: Path, name: str, sidecar: dict) -> bytes:
     """Return checksums, sizes and times of a pair of token files: what a file changes with."""
     lines = []
-
     for split in SPLITS:
         status = token_path(folder, name, split).stat()
         lines.append(f"{sidecar[split]['sha256']} {status.st_size} {status.st_mtime_ns}\n")
@@ -133,7 +126,6 @@ def state_of(folder: Path, name: str, sidecar: dict) -> bytes:
 def scan(path: Path) -> tuple[str, int]:
     """Return the sha256 of a token file and its largest id (-1 when it is empty)."""
     digest, largest = hashlib.sha256(), -1
-
     with open(path, "rb") as file:
         while chunk := file.read(1 << 24):
             digest.update(chunk)

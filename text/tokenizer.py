@@ -63,7 +63,6 @@ def token_sizes() -> np.ndarray:
     decode = load_encoding().decode_single_token_bytes
     sizes = [len(decode(token)) for token in range(VOCABULARY_SIZE)]
     sizes[END_OF_TEXT] = 0
-
     return np.array(sizes, dtype=np.int64)
 
 
@@ -102,10 +101,8 @@ def encode_documents(texts: Sequence[str]) -> np.ndarray:
     import pyarrow
 
     text = "".join(texts)
-
     if len(text) > MAX_CHARACTERS:
         ended = [part for text in texts for part in (encode(text), [END_OF_TEXT])]
-
         return np.concatenate(ended).astype(TOKEN_TYPE)
 
     try:
@@ -131,7 +128,6 @@ def encode_documents(texts: Sequence[str]) -> np.ndarray:
     ends = np.cumsum(lengths, dtype=np.int32)
     places = np.repeat(firsts - ends + lengths, lengths)  # (tokens)
     places += np.arange(len(places), dtype=np.int32)
-
     return tokens[places]
 
 
@@ -159,7 +155,6 @@ def piece_starts(points: np.ndarray) -> np.ndarray:
     quotes = np.flatnonzero((points == ord("'")) & starts)
     first, second = points[quotes + 1], points[np.minimum(quotes + 2, len(points) - 1)]
     is_long = np.zeros(len(quotes), dtype=bool)
-
     for letters in ("ll", "ve", "re"):
         is_long |= (first == ord(letters[0])) & (second == ord(letters[1]))
 
@@ -167,7 +162,6 @@ def piece_starts(points: np.ndarray) -> np.ndarray:
     starts[quotes[is_short | is_long] + 1] = False
     starts[quotes[is_short] + 2] = True
     starts[quotes[is_long] + 3] = True
-
     return starts
 
 
@@ -175,12 +169,10 @@ def character_kinds(points: np.ndarray) -> np.ndarray:
     """Return the kinds of characters, uint8, as tiktoken's own patterns see them."""
     table = known_kinds()
     kinds = table.take(points, mode="clip")
-
     if (kinds == UNKNOWN).any():
         unknown = np.unique(points[kinds == UNKNOWN])
         text = "".join(map(chr, unknown.tolist()))
         table[unknown] = OTHER
-
         for kind, encoding in kind_encodings().items():
             # Of a text, an encoding whose only pieces are letters keeps the letters.
             found = encoding.decode(encoding.encode_ordinary(text))
@@ -196,14 +188,12 @@ def known_kinds() -> np.ndarray:
     """Return the table of kinds by code point, which fills up as characters are met."""
     table = np.full(END_POINT + 1, UNKNOWN, dtype=np.uint8)
     table[END_POINT] = END
-
     return table
 
 
 @functools.cache
 def kind_encodings() -> dict[int, tiktoken.Encoding]:
     ranks = {bytes([value]): value for value in range(256)}
-
     return {
         kind: tiktoken.Encoding(
             f"kind {kind}", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
@@ -223,14 +213,12 @@ def byte_offsets(points: np.ndarray, places: np.ndarray) -> np.ndarray:
     excess = 1 + (found >= 0x800).astype(np.int64) + (found >= 0x10000)
     excess[found == END_POINT] = -1
     sums = np.concatenate([[0], np.cumsum(excess)])
-
     return places + sums[np.searchsorted(wide, places)]
 
 
 def tokens_of_pieces(pieces: list[str]) -> list[Sequence[int]]:
     """Return the tokens of each piece; the empty one is the end of a document."""
     known = known_pieces()
-
     if len(known) > MAX_KNOWN_PIECES:
         known.clear()
 

@@ -39,7 +39,6 @@ def in_order(
 
     def next_result() -> tuple[Any, dict]:
         unit, result = pending.popleft()
-
         return unit, result.result() if isinstance(result, Future) else result
 
     try:
@@ -65,7 +64,6 @@ def worker_processes(number: int) -> Iterator[ProcessPoolExecutor]:
     """Start processes that end when this one ends, even by a kill, or gives up the work."""
     context = multiprocessing.get_context("spawn")
     lifeline, held = context.Pipe(duplex=False)
-
     with (
         lifeline,
         held,
@@ -85,7 +83,6 @@ def worker_processes(number: int) -> Iterator[ProcessPoolExecutor]:
 def blocked_interrupts() -> Iterator[None]:
     """Hide Ctrl-C from processes that are started here; the terminal sends it to all of them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-
     try:
         yield
     finally:

@@ -54,14 +54,12 @@ class Parser(argparse.ArgumentParser):
 
         dests = [action.dest for action in self._actions if action.dest != "help"]
         parsed, unknown = self.parse_known_args(argv, argparse.Namespace(**dict.fromkeys(dests)))
-
         if unknown:
             self.reject_unknown(unknown)
 
         given = {dest: value for dest, value in vars(parsed).items() if value is not None}
         defaults = {dest: self.get_default(dest) for dest in dests}
         preset = presets[given["preset"]] if presets and "preset" in given else {}
-
         return Settings(**{**defaults, **preset, **given}, given=frozenset(given))
 
     def reject_unknown(self, unknown: list[str]) -> None:
@@ -225,5 +223,4 @@ def parse_number(kind: type, value: str, is_valid: Callable, description: str):
 def fail(message: object, status: int = 1) -> int:
     """Print one line on standard error and return the exit status."""
     print("error:", " ".join(str(message).split()), file=sys.stderr, flush=True)
-
     return status

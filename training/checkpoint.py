@@ -64,7 +64,6 @@ class CheckpointWriter:
         """
         self.check_owner()
         can_wait = can_copy(state)
-
         try:
             self.wait()
         except CheckpointError:
@@ -89,7 +88,6 @@ class CheckpointWriter:
     def has_failed(self) -> bool:
         """Whether the last checkpoint was not written; false as long as that is open."""
         pending = self.pending
-
         return bool(pending and pending.done() and pending.exception())
 
     def wait(self) -> None:
@@ -99,7 +97,6 @@ class CheckpointWriter:
             CheckpointError: when it cannot be.
         """
         pending, self.pending = self.pending, None
-
         if pending:
             pending.result()
 
@@ -237,7 +234,6 @@ class SummedFile:
         summing = self.executor.submit(zlib.crc32, data, self.checksum)
         written = self.file.write(data)
         self.checksum = summing.result()
-
         return written
 
     def flush(self) -> None:
@@ -247,7 +243,6 @@ class SummedFile:
 def comment_of(checksum: int) -> bytes:
     """Return the comment of a zip archive that holds its checksum, behind its length."""
     comment = f"crc32:{checksum:08x}".encode()
-
     return struct.pack("<H", len(comment)) + comment
 
 
@@ -277,7 +272,6 @@ def set_aside(path: Path, *others: Path) -> Path | None:
         return None
 
     stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(path.stat().st_mtime))
-
     while stamped_path(path, stamp).exists():
         stamp += "+"
 
@@ -337,7 +331,6 @@ def load_checkpoint(path: Path, required: Iterable[str], is_mapped: bool = False
 def plain_name(name: str) -> str:
     """Take off what wrappers for compilation and distribution put in front of a weight's name."""
     parts = name.split(".")
-
     return ".".join(part for part in parts if part not in ("_orig_mod", "module"))
 
 
@@ -345,19 +338,16 @@ def verify_checksum(path: Path) -> None:
     """Raise CheckpointError unless a file is a whole checkpoint."""
     other = previous_path(path)
     hint = f" {other} is there: copy it over." if other.exists() else ""
-
     with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
         magic = file.read(len(ZIP_MAGIC))
-
         if magic and magic != ZIP_MAGIC[: len(magic)]:
             raise CheckpointError(f"{path} is not a checkpoint.{hint}")
 
         remaining = max(0, size - len(comment_of(0)))
         checksum = 0
         file.seek(0)
-
         while chunk := file.read(min(1 << 24, remaining)):
             checksum = zlib.crc32(chunk, checksum)
             remaining -= len(chunk)
@@ -390,14 +380,12 @@ def build_model(state: dict, path: Path) -> GPT:
         ) from error
 
     check_finite(state["model"], path)
-
     return model
 
 
 def load_model(path: str | PathLike) -> GPT:
     """Read the network of a checkpoint, as load_checkpoint and build_model do."""
     path = Path(path)
-
     return build_model(load_checkpoint(path, MODEL_KEYS), path)
 
 
@@ -410,7 +398,6 @@ def check_finite(weights: dict[str, Tensor], path: Path) -> None:
 def fingerprint(weights: dict[str, Tensor]) -> str:
     """Return a digest of named weights, by which an adapter knows its base."""
     digest = hashlib.sha256()
-
     for name in sorted(weights):
         weight = weights[name].detach().cpu().contiguous()
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
@@ -432,13 +419,11 @@ def merge_adapter(model: GPT, path: Path, is_needed: bool) -> bool:
         return False
 
     state = load_checkpoint(path, LORA_KEYS)
-
     if not is_needed and state["base"] != fingerprint(model.state_dict()):
         print(f"Note: {path} was trained on another base model; it is left out.", file=sys.stderr)
         return False
 
     merge_lora_checkpoint(model, state, path)
-
     return True
 
 
@@ -453,7 +438,6 @@ def merge_lora_checkpoint(model: GPT, state: dict, path: Path) -> None:
     """
     check_base(state, fingerprint(model.state_dict()), path)
     check_finite(state["lora"], path)
-
     try:
         merge_lora(model, state["lora"], state["lora_args"]["alpha"])
     except (KeyError, ValueError, TypeError) as error:

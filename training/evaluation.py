@@ -18,7 +18,6 @@ def windows_of(dataset: TokenDataset, block_size: int, is_all: bool) -> list[Eva
     """
     splits = [dataset.test, dataset.train] if is_all else [dataset.test]
     long = [split for split in splits if len(split) > block_size]
-
     try:
         return [EvaluationWindows(split, block_size, None) for split in long or splits]
     except DataError as error:
@@ -39,7 +38,6 @@ def report_losses(
         Interrupted: when a signal has come.
     """
     windows = [windows_of(dataset, trainer.model.block_size, is_all) for dataset in datasets]
-
     with trainer.stoppable():
         for dataset, parts in zip(datasets, windows, strict=True):
             batches = itertools.chain(*(part.batches(batch_size) for part in parts))

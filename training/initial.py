@@ -27,7 +27,6 @@ def begin_with(settings: Settings, checkpoint: dict) -> tuple[Settings, dict[str
     """
     if checkpoint and settings.initial_checkpoint:
         path = Path(settings.checkpoint_path)
-
         return adopt_sizes(settings, checkpoint["model_args"], path), {}
 
     if checkpoint:
@@ -36,7 +35,6 @@ def begin_with(settings: Settings, checkpoint: dict) -> tuple[Settings, dict[str
     if settings.initial_checkpoint:
         settings, model = read_model(settings, Path(settings.initial_checkpoint))
         print(f"Begin:  with the weights of {settings.initial_checkpoint}")
-
         return settings, model.state_dict()
 
     return settings.replace(bias=False), {}
@@ -54,7 +52,6 @@ def read_model(settings: Settings, path: Path) -> tuple[Settings, GPT]:
     """
     state = load_checkpoint(path, MODEL_KEYS)
     model = build_model(state, path)
-
     if model.vocabulary_size != VOCABULARY_SIZE:
         raise CheckpointError(
             f"{path} has {model.vocabulary_size} tokens, the {VOCABULARY_SIZE} of GPT-2 are needed."
@@ -62,18 +59,15 @@ def read_model(settings: Settings, path: Path) -> tuple[Settings, GPT]:
 
     settings = adopt_sizes(settings, state["model_args"], path)
     model.crop(settings.block_size)
-
     return settings, model
 
 
 def adopt_sizes(settings: Settings, model_args: dict, path: Path) -> Settings:
     """Return settings with the sizes of a model; raise UsageError where others were given."""
     sizes = {"bias": model_args.get("bias", False)}
-
     for flag in SIZES:
         size, wanted = model_args[flag], getattr(settings, flag)
         is_part = flag == "block_size" and wanted < size
-
         if flag in settings.given and wanted != size and not is_part:
             raise UsageError(f"--{flag}: {wanted} given, {path} has {size}")
 

@@ -73,14 +73,12 @@ class InstructionData:
         first = update * self.batches_per_update
         last = min(first + self.batches_per_update, self.batches_per_epoch)
         before = epoch * self.batches_per_epoch
-
         return range(before + first, before + last)
 
     def batch(self, number: int) -> Batch:
         """Return a micro-batch by its number, with IGNORE_INDEX where there is no target."""
         epoch, index = divmod(number, self.batches_per_epoch)
         examples = [self.examples.train[i] for i in self.plan(epoch)[index]]
-
         return collate(examples, self.batch_size, self.block_size)
 
     @functools.lru_cache(maxsize=2)  # noqa: B019
@@ -89,7 +87,6 @@ class InstructionData:
         generator = np.random.default_rng([self.seed, epoch])
         order = generator.permutation(len(self.examples.train))
         batches = []
-
         for pool in in_parts(order, self.POOL * self.batch_size):
             ordered = pool[np.argsort(self.lengths[pool], kind="stable")]
             some = list(in_parts(ordered, self.batch_size))
@@ -101,7 +98,6 @@ class InstructionData:
         """Return the examples to test on, from the longest to the shortest."""
         ordered = sorted(self.examples.test, key=lambda example: -len(example.tokens))
         parts = in_parts(ordered, self.batch_size)
-
         return {self.name: (collate(part, self.batch_size, self.block_size) for part in parts)}
 
     def mean_loss(self, losses: dict[str, float]) -> float:
@@ -111,7 +107,6 @@ class InstructionData:
     def padding(self) -> float:
         """The share of the first epoch's tokens that are padding."""
         sizes = [self.batch(number)[0].numel() for number in range(self.batches_per_epoch)]
-
         return 1 - float((self.lengths - 1).sum()) / sum(sizes)
 
 
@@ -131,7 +126,6 @@ def collate(examples: Sequence[Example], batch_size: int, block_size: int) -> Ba
     length = min(math.ceil(longest / 8) * 8, block_size)
     x = np.full((batch_size, length), END_OF_TEXT, dtype=np.int64)
     y = np.full((batch_size, length), IGNORE_INDEX, dtype=np.int64)
-
     for row, (tokens, is_target, _) in enumerate(examples):
         num_tokens = len(tokens) - 1
         x[row, :num_tokens] = tokens[:-1]

@@ -63,7 +63,6 @@ class Launch:
         """
         settings = self.settings
         self.world = world = World.from_environment()
-
         try:
             device = resolve_device(settings.device if "device" in settings.given else None)
             world.device = own_device(device, world)
@@ -83,7 +82,6 @@ class Launch:
         world.connect()
         world.check_same("The flags", shared_flags(settings))
         self.libraries = peak_memory(device)
-
         return world
 
     def claim_outputs(self) -> CheckpointWriter:
@@ -102,7 +100,6 @@ class Launch:
         ]
         writer = CheckpointWriter(Path(self.settings.checkpoint_path), locks)
         self.stack.callback(wait_for_last_write, writer)
-
         return writer
 
     def __exit__(
@@ -121,7 +118,6 @@ class Launch:
                 error = lost
 
             self.status, message = self.explain(error)
-
             if message and self.world.is_first_to_fail():
                 fail(message)
 
@@ -141,7 +137,6 @@ class Launch:
         Raises again what nobody expected.
         """
         world = self.world
-
         if isinstance(error, Interrupted):
             return 128 + error.number, ""
 
@@ -189,7 +184,6 @@ def wait_for_last_write(writer: CheckpointWriter) -> None:
 def shared_flags(settings: Settings) -> dict:
     """Return the arguments that have to be the same on all machines."""
     own = ("device", "num_dataset_processes", "given")
-
     return {
         name: value
         for name, value in vars(settings).items()

@@ -68,7 +68,6 @@ def add_lora(
     """
     check_rank(rank, model.embedding_dimensions)
     model.requires_grad_(False)
-
     for name, layer in linear_layers(model).items():
         parent, _, child = name.rpartition(".")
         adapted = LoraLinear(layer, rank, alpha, dropout, dtype)
@@ -97,7 +96,6 @@ def lora_state_dict(model: GPT) -> dict[str, Tensor]:
 def lora_shapes(model: GPT, rank: int) -> dict[str, tuple[int, int]]:
     """Return the shapes that the adapter of a model has, by the names of lora_state_dict."""
     shapes: dict[str, tuple[int, int]] = {}
-
     for name, layer in linear_layers(model).items():
         rows, columns = layer.weight.shape
         shapes |= {f"{name}.lora_a": (rank, columns), f"{name}.lora_b": (rows, rank)}
@@ -116,7 +114,6 @@ def merge_lora(model: GPT, adapter: dict[str, Tensor], alpha: float) -> None:
         ValueError: when it is not exactly an adapter of this model.
     """
     rank = next((len(a) for name, a in adapter.items() if name.endswith(".lora_a")), 0)
-
     if {name: tuple(weight.shape) for name, weight in adapter.items()} != lora_shapes(model, rank):
         raise ValueError("The adapter has other layers or shapes than the model.")
 

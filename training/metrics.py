@@ -48,7 +48,6 @@ class MetricsFile:
         self.rows = list(rows)
         self.sources = {name: SOURCE_LOSS + name for name in sources}
         self.columns = [*self.COLUMNS, *self.sources.values()]
-
         with replaced(path, "w", newline="") as file:
             writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
@@ -69,7 +68,6 @@ class MetricsFile:
 
     def add(self, row: dict) -> None:
         self.rows.append(row)
-
         with open(self.path, "a", newline="") as file:
             csv.DictWriter(file, self.columns).writerow(row)
 
@@ -86,7 +84,6 @@ class MetricsFile:
     def draw(self) -> None:
         """Draw the curves of all rows; a picture that fails is one note a run, and no more."""
         picture = picture_path(self.path)
-
         try:
             if not self.rows:
                 # There may be one of an earlier run. Drawing nothing spares the start of a run
@@ -95,7 +92,6 @@ class MetricsFile:
                 return
 
             content = draw_curves(self.rows, self.sources, self.path.stem)
-
             with replaced(picture, "w", newline="", encoding="utf-8") as file:
                 file.write(content)
         except Exception as error:  # no picture is worth a run
@@ -110,7 +106,6 @@ class MetricsFile:
 def picture_path(metrics_path: Path) -> Path:
     """Return where the curves of a table are drawn."""
     name = metrics_path.name.removesuffix(".csv")
-
     return metrics_path.parent / f"{name}.svg"
 
 
@@ -122,7 +117,6 @@ def perplexity(loss: float) -> float:
 def describe_row(row: dict, num_epochs: int) -> str:
     """Put a row of the metrics into one line for people."""
     parts = [f"epoch {row['epoch']}/{num_epochs}", f"train loss {row['train_loss']:.3f}"]
-
     if row["test_loss"] is not None:
         by_source = ", ".join(
             f"{name.removeprefix(SOURCE_LOSS)} {loss:.3f}"
@@ -139,5 +133,4 @@ def describe_row(row: dict, num_epochs: int) -> str:
         f"learning rate {row['learning_rate']:.1e}",
         f"{row['tokens_per_second']:,.0f} tokens/s",
     ]
-
     return ", ".join(parts)

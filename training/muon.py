@@ -42,7 +42,6 @@ class Muon(Optimizer):
     def state_shapes(matrix: Tensor) -> dict[str, tuple[int, int]]:
         """Return what is kept of a matrix."""
         num_rows, num_columns = matrix.shape
-
         return {"momentum_buffer": (num_rows, num_columns), "mean_squares": (num_rows, 1)}
 
     def updates(
@@ -50,10 +49,8 @@ class Muon(Optimizer):
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield matrices with their updates, of root mean square SIZE."""
         gradients = {matrix: matrix.grad for matrix in matrices if matrix.grad is not None}
-
         for some in batches_of_one_shape(gradients):
             updates = self.update(some, [gradients[matrix] for matrix in some], momentum)
-
             yield from zip(some, updates, strict=True)
 
     def update(
@@ -61,7 +58,6 @@ class Muon(Optimizer):
     ) -> Tensor:
         """Return the updates of N matrices of one shape (R, C), as (N, R, C)."""
         states = [self.state[matrix] for matrix in matrices]
-
         for state, matrix, gradient in zip(states, matrices, gradients, strict=True):
             if not state:
                 for name, shape in self.state_shapes(matrix).items():
@@ -81,7 +77,6 @@ class Muon(Optimizer):
         scale = torch.stack(mean_squares).clamp(min=1e-30).rsqrt()
         mean = (squares * scale.square()).mean(dim=(-2, -1), keepdim=True)
         scale *= self.SIZE / mean.clamp(min=1e-30).sqrt()
-
         return updates * scale.to(updates.dtype)
 
 
@@ -91,7 +86,6 @@ def batches_of_one_shape(matrices: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     A GPU would wait for launches otherwise; on a CPU large matrices are faster alone.
     """
     by_shape: dict[torch.Size, list[Tensor]] = {}
-
     for matrix in matrices:
         by_shape.setdefault(matrix.shape, []).append(matrix)
 
@@ -99,7 +93,6 @@ def batches_of_one_shape(matrices: Iterable[Tensor]) -> Iterator[list[Tensor]]:
         # The elements of a list of several bound the memory that it takes.
         max_size = 1 << 16 if same[0].is_cpu else 1 << 25
         length = max(1, max_size // shape.numel())
-
         for first in range(0, len(same), length):
             yield same[first : first + length]
 
@@ -125,7 +118,6 @@ def orthogonalize(z: Tensor) -> Tensor:
 
     # No singular value is greater than the norm.
     z = z / z.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-
     for _ in range(5):
         gram = z @ z.mT
         z = add_product(z, add_product(gram, gram, gram, beta=b, alpha=c), z, beta=a)

@@ -38,14 +38,12 @@ class Optimizers:
 
         self.parts: list[Optimizer] = []
         self.is_shared = world.size > 1 and not world.has_sharded_weights
-
         if world.size > 1:
             from training.sharding import ShardedMuon, SharedOptimizer
 
         betas = (0.9, 0.95)
         decays = dict.fromkeys(kinds, 0.0)
         factors = factors if factors and name == "muon" else {}
-
         if name == "muon":
             # Beside Muon the rest learns more when it forgets directions sooner and sizes later,
             # see benchmarks/README.md.
@@ -55,7 +53,6 @@ class Optimizers:
                 for kind, matrices in by_direction(model, kinds.pop("hidden")).items()
                 if matrices
             ]
-
             if world.has_sharded_weights:
                 self.parts.append(ShardedMuon(groups, dtype, world))
             elif self.is_shared:
@@ -71,7 +68,6 @@ class Optimizers:
             for kind, weights in kinds.items()
         ]
         options: dict = {"betas": betas, "fused": world.device.type in ("cpu", "cuda")}
-
         if groups := [group for group in groups if group["params"]]:
             if self.is_shared:
                 self.parts.append(SharedOptimizer(groups, AdamW, is_elementwise=True, **options))
@@ -94,7 +90,6 @@ class Optimizers:
         for part in self.parts:
             for group in part.param_groups:
                 group["lr"] = learning_rate * group["factor"]
-
                 if "momentum" in group:
                     group["momentum"] = momentum(step)
 
@@ -109,7 +104,6 @@ class Optimizers:
         """The size of the state that this process keeps."""
         states = [getattr(part, "optim", part).state for part in self.parts]
         tensors = [t for state in states for values in state.values() for t in values.values()]
-
         return sum(own_part(tensor).nbytes for tensor in tensors)
 
     def state_dict(self) -> list[dict]:
@@ -142,7 +136,6 @@ def regroup(saved: dict, optimizer: Optimizer) -> dict:
     groups = saved["param_groups"]
     sizes = getattr(optimizer, "group_sizes", [len(g["params"]) for g in optimizer.param_groups])
     num_saved = sum(len(group["params"]) for group in groups)
-
     if num_saved != sum(sizes):
         raise ValueError(f"the state of {num_saved} weights was saved, here are {sum(sizes)}")
 
@@ -157,7 +150,6 @@ def regroup(saved: dict, optimizer: Optimizer) -> dict:
     factors = [group.get("factor", 1.0) for group in groups for _ in group["params"]]
     numbers = iter(range(num_saved))
     shares = [list(itertools.islice(numbers, size)) for size in sizes]
-
     return {
         "state": {
             new: saved["state"][old] for new, old in enumerate(order) if old in saved["state"]
@@ -175,7 +167,6 @@ def weights_by_kind(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     kinds: dict[str, list[nn.Parameter]] = {
         kind: [] for kind in ("hidden", "embeddings", "positions", "vectors")
     }
-
     for name, weight in model.named_parameters():
         if weight.requires_grad:
             if weight.ndim != 2:
@@ -194,7 +185,6 @@ def by_direction(model: nn.Module, matrices: Iterable[Tensor]) -> dict[str, list
     """Divide hidden matrices into those that write to the residual stream and the others."""
     writers = {id(w) for name, w in model.named_parameters() if name.endswith("output.weight")}
     kinds: dict[str, list[Tensor]] = {"hidden": [], "residual": []}
-
     for matrix in matrices:
         kinds["residual" if id(matrix) in writers else "hidden"].append(matrix)
 
@@ -223,7 +213,6 @@ def step_factors(width: int, num_updates: int) -> dict[str, float]:
     """
     length = 1 / min(2.0, max(1.0, math.sqrt(num_updates / 700)))
     muon, adamw = 320 / math.sqrt(width) * length, 5120 / width * length
-
     return {
         "hidden": muon,
         "residual": muon * min(1.0, 32 / width),
@@ -236,7 +225,6 @@ def step_factors(width: int, num_updates: int) -> dict[str, float]:
 def shard_state(state: dict, optimizer: Optimizer) -> dict:
     """Cut the state of an optimizer like its weights, where these are spread over processes."""
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-
     return {
         **state,
         "state": {
@@ -275,5 +263,4 @@ class Schedule:
         remaining = (
             1 - progress if self.kind == "linear" else (1 + math.cos(math.pi * progress)) / 2
         )
-
         return self.minimum + (self.peak - self.minimum) * remaining

@@ -20,7 +20,6 @@ def written_by(checkpoint_path: str) -> list[Path]:
     """Return all files that a run with this --checkpoint_path writes or moves."""
     path = Path(checkpoint_path).resolve()
     files = [path, previous_path(path), best_path(path)]
-
     return [*files, *map(temporary_path, files), lock_path(path)]
 
 
@@ -28,7 +27,6 @@ def recorded_by(metrics_path: str) -> list[Path]:
     """Return all files that a run with this --metrics_path writes: its table, then the others."""
     table = Path(metrics_path).resolve()
     picture = picture_path(Path(metrics_path)).resolve()
-
     return [table, picture, *map(temporary_path, (table, picture)), lock_path(table)]
 
 
@@ -36,7 +34,6 @@ def check_outputs(settings: Settings) -> None:
     """Raise UsageError when the metrics would be written over a checkpoint or their picture."""
     table, *others = recorded_by(settings.metrics_path)
     checkpoints = written_by(settings.checkpoint_path)
-
     if table in checkpoints:
         raise UsageError("--metrics_path: this is the path of a checkpoint")
 

@@ -85,7 +85,6 @@ def draw_curves(rows: list[dict], sources: dict[str, str], title: str) -> str:
     """
     title = f"{shorten(title)}: {summarize(rows)}"
     note = f"{len(rows):,} epoch{'s' * (len(rows) > 1)}, {count_text(rows[-1]['tokens'])} tokens"
-
     with settings():
         from matplotlib.figure import Figure
 
@@ -96,7 +95,6 @@ def draw_curves(rows: list[dict], sources: dict[str, str], title: str) -> str:
         draw_rates(rates, rows)
         figure.text(0.02, 0.94, title, fontsize=14, fontweight="bold")
         figure.text(0.02, 0.895, note, color=LIGHT["soft"])
-
         return to_svg(figure, title)
 
 
@@ -110,7 +108,6 @@ def draw_losses(axes, rows: list[dict], sources: dict[str, str]) -> str:
         (name, "test_loss", {"color": LIGHT["test"], "linewidth": 2.8}),
     ]
     losses, note = [], ""
-
     for name, column, style in lines:
         if points := points_of(rows, column):
             losses += [loss for _, loss in points]
@@ -118,14 +115,12 @@ def draw_losses(axes, rows: list[dict], sources: dict[str, str]) -> str:
             plot(axes, points, MAX_POINTS // len(lines), label=label, **style)
 
     axes.set_title("loss, nats per token")
-
     if losses:
         bottom, top = visible_range(losses)
         axes.set_ylim(bottom, top)
         # The highest line comes first.
         handles = sorted(axes.lines, key=lambda line: line.get_ydata()[-1], reverse=True)
         axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.02, 1), borderaxespad=0)
-
         if cut := sum(loss > top for loss in losses):
             note += f"; cut off above {top:.3f}: {cut:,} of {len(losses):,} losses"
             note += f", up to {max(losses):.3f}"
@@ -172,7 +167,6 @@ def thin(points: Points, limit: int) -> Points:
 
     size = math.ceil(2 * len(points) / limit)
     kept = {points[0], points[-1]}
-
     for start in range(0, len(points), size):
         stretch = points[start : start + size]
         kept |= {choose(stretch, key=lambda point: point[1]) for choose in (min, max)}
@@ -188,31 +182,26 @@ def visible_range(losses: list[float]) -> tuple[float, float]:
     """
     low, high = min(losses), max(losses)
     usual = sorted(losses)[int(0.95 * (len(losses) - 1))]
-
     if len(losses) >= MIN_LOSSES_TO_CUT and high - low > 3 * (usual - low) > 0:
         high = low + 1.25 * (usual - low)
 
     # Tiny differences are not magnified.
     margin = max(0.06 * (high - low), 0.005 * abs(high))
-
     return max(low - margin, min(low, 0)), high + margin
 
 
 def summarize(rows: list[dict]) -> str:
     """Return the last and the best test loss, as far as there are any."""
     tested = [row for row in rows if points_of([row], "test_loss")]
-
     if not tested:
         return "no test yet"
 
     last, best = tested[-1], min(tested, key=lambda row: row["test_loss"])
     text = f"test loss {last['test_loss']:.3f} (perplexity {last['perplexity']:,.1f})"
-
     if last["test_loss"] == best["test_loss"]:
         return f"{text}, the best so far"
 
     tokens = count_text(best["tokens"])
-
     return f"{text}, best {best['test_loss']:.3f} ({best['perplexity']:,.1f}) at {tokens} tokens"
 
 
@@ -228,7 +217,6 @@ def count_text(count: float) -> str:
 def shorten(name: str) -> str:
     """Return at most 16 characters of a name, all of which XML can hold."""
     name = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in name)
-
     return name if len(name) <= 16 else f"{name[:15]}…"
 
 
@@ -239,7 +227,6 @@ def settings() -> Iterator[None]:
     Its warnings, of the cache of fonts or of missing glyphs, are silenced.
     """
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import matplotlib.style
@@ -262,5 +249,4 @@ def to_svg(figure, title: str) -> str:
         f"<style>text{{font-family:{FONTS}!important}}svg{{background:{light_paper}}}"
         f"@media (prefers-color-scheme:dark){{svg{{background:{dark_paper}}}{dark_rules}}}</style>"
     )
-
     return file.getvalue().replace("</svg>", f"{style}</svg>")

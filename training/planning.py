@@ -60,7 +60,6 @@ class Plan:
     def largest_batch_size(self, batch_size: int) -> float:
         """Return how many samples fit at a time, as activations grow with their number."""
         room = self.available - (self.peak - self.activations)
-
         return max(0.0, room // (max(1, self.activations) / batch_size))
 
 
@@ -76,7 +75,6 @@ def make_plan(trainer: Trainer, data: TrainingData, libraries: int) -> Plan:
     device, model = trainer.device, trainer.model
     micro_batches = load_update(data, trainer.step, trainer.world)
     test_batch = next(iter(data.test_batches()[data.sources[0]]))
-
     with trainer.stoppable():
         start = seconds_of(device, trainer.take_step, micro_batches[:1])
         # From now on there is the state of the optimizer. The second micro-batch meets the
@@ -93,7 +91,6 @@ def make_plan(trainer: Trainer, data: TrainingData, libraries: int) -> Plan:
     )
     kept = kept_memory(trainer, micro_batches[0])
     available = whole_memory(device)
-
     if device.type == "cuda":
         libraries = library_memory(device)
         peak += libraries
@@ -116,14 +113,12 @@ def make_plan(trainer: Trainer, data: TrainingData, libraries: int) -> Plan:
     others = plan.libraries + plan.weights + plan.gradients + plan.optimizer + plan.loss
     # What cannot be measured is taken to be the rest.
     plan.activations = max(0, peak - others if kept is None else kept - gradient)
-
     return plan
 
 
 def hold_copy(trainer: Trainer) -> None:
     """Hold a copy of a checkpoint, as the first process does while it writes one."""
     state = unshard([trainer.model.state_dict(), trainer.optimizers.state_dict()])
-
     if trainer.world.is_first and can_copy(state):
         copy = copy_to_cpu(state)
         timer = threading.Timer(num_bytes(copy) / WRITING_RATE, copy.clear)
@@ -136,7 +131,6 @@ def seconds_of(device: torch.device, function: Callable, *args) -> float:
     start = time.perf_counter()
     function(*args)
     synchronize(device)
-
     return time.perf_counter() - start
 
 
@@ -155,14 +149,12 @@ def time_updates(trainer: Trainer, micro_batches: MicroBatches) -> float:
     one = statistics.median(ones)
     # What comes once in an update, such as sending gradients, drops out of the difference.
     further = statistics.median(twos) - one if twos else 0.0
-
     return one + max(0.0, further) * (len(micro_batches) - 1)
 
 
 def kept_memory(trainer: Trainer, micro_batch: tuple[int, Tensor, Tensor]) -> int | None:
     """Return the bytes that a forward pass leaves for its backward pass; None if none can tell."""
     device, model = trainer.device, trainer.model
-
     if device.type == "mps" or (device.type == "cpu" and trainer.world.has_sharded_weights):
         return None
 
@@ -187,7 +179,6 @@ def kept_memory(trainer: Trainer, micro_batch: tuple[int, Tensor, Tensor]) -> in
         kept = sum(event.self_cpu_memory_usage for event in record.key_averages())
 
     del loss
-
     return kept
 
 
@@ -204,7 +195,6 @@ def count_parameters(model: GPT) -> dict[str, int]:
         "attention": count(block.attention for block in model.blocks),
         "MLP": count(block.mlp for block in model.blocks),
     }
-
     return {**parts, "normalisation": model.num_parameters - sum(parts.values())}
 
 
@@ -257,7 +247,6 @@ def describe_plan(
     print(f"Parts:  {', '.join(parts)}")
     print(f"Chosen: {precision}, {reason}")
     print(f"Memory: {describe_memory(plan)}")
-
     if plan.available < math.inf:
         print(
             f"Batch:  --batch_size={plan.largest_batch_size(batch_size):.0f} is the largest that"
@@ -279,12 +268,10 @@ def explain_precision(device: torch.device) -> str:
     """Say why `--precision=auto` takes what it takes."""
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
-
         return f"by the GPU's compute capability, {major}.{minor}"
 
     if device.type == "cpu":
         ratio = matmul_rate(device, "bf16") / matmul_rate(device, "fp32")
-
         return f"as bf16 multiplies {ratio:.1f} times as fast as fp32 here (it takes 1.5)"
 
     return f"the safe one for {device.type}"
@@ -301,7 +288,6 @@ def describe_memory(plan: Plan) -> str:
         "loss": plan.loss,
     }
     listed = [f"{name} {describe_bytes(size)}" for name, size in parts.items() if size]
-
     return f"{describe_bytes(plan.peak)} at the peak; {', '.join(listed)}"
 
 

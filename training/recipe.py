@@ -8,7 +8,6 @@ from training.optimizers import Schedule
 def model_args(settings: Settings) -> dict:
     """Return what decides the shapes of the weights, by the names of GPT's arguments."""
     sizes = ("block_size", "embedding_dimensions", "num_attention_heads", "num_hidden_layers")
-
     return {"vocabulary_size": VOCABULARY_SIZE, **settings.select((*sizes, "bias"))}
 
 
@@ -31,7 +30,6 @@ def num_updates(settings: Settings) -> int:
 
 def build_schedule(settings: Settings) -> Schedule:
     total, warmup = num_updates(settings), settings.warmup_steps
-
     if warmup is None:
         warmup = 0 if settings.lr_schedule == "constant" else min(1000, total // 20)
 

@@ -29,7 +29,6 @@ def describe_pre_training(
         f" {tokens_per_update(settings):,} tokens, {tokens / corpus.num_tokens:.2f} passes over the"
         f" data, --seed={trainer.seed}"
     )
-
     if settings.samples_per_epoch % samples_per_update(settings):
         print("Note:   an epoch holds whole updates alone; its other samples open the next one")
 
@@ -42,7 +41,6 @@ def describe_fine_tuning(
     """Print what is about to run, and what was chosen for it."""
     adapter = sum(weight.numel() for weight in trainer.trained_weights().values())
     examples = data.examples
-
     for note in examples.notes:
         print(f"Note:   {note}")
 
@@ -73,7 +71,6 @@ def describe_model(settings: Settings, trainer: Trainer) -> None:
 def describe_device(settings: Settings, trainer: Trainer, compiled: str) -> None:
     world = trainer.world
     processes = ""
-
     if world.size > 1:
         shared = "all state" if world.sharding == "full" else "the optimizer's state"
         processes = f"{world.size} processes that share {shared}, each "
@@ -82,7 +79,6 @@ def describe_device(settings: Settings, trainer: Trainer, compiled: str) -> None
         f"Device: {processes}{trainer.device}, {trainer.precision}, {compiled},"
         f" matrix products at {trainer.peak_rate / 1e12:.2f} TFLOP/s{' in all' * bool(processes)}"
     )
-
     if settings.gradient_accumulation_steps % world.size:
         print(
             f"Note:   an update's {settings.gradient_accumulation_steps} batches are no multiple of"
@@ -150,7 +146,6 @@ def generate_command(
         flags: the flags that name the model, and the adapter if there is one.
     """
     words = ["python", "generate.py"]
-
     for flag, name in zip(flags, ("checkpoint_path", "lora_path"), strict=False):
         if getattr(settings, flag) != parser.get_default(flag):
             words.append(f"--{name}={getattr(settings, flag)}")

@@ -48,18 +48,15 @@ def settle(settings: Settings, world: World, keys: tuple[str, ...]) -> tuple[Set
         )
 
     path = Path(settings.checkpoint_path)
-
     if not settings.resume and world.is_started_again():
         settings = settings.replace(resume=bool(world.from_first(path.exists())))
 
     checkpoint = {}
-
     if settings.resume:
         checkpoint = load_checkpoint(path, (*keys, *SHARED_KEYS), is_mapped=world.size > 1)
 
     world.check_same("The checkpoints", checkpoint and (checkpoint["position"], checkpoint["seed"]))
     seed, precision = settings.seed, settings.precision
-
     if seed is None:
         seed = checkpoint["seed"] if checkpoint else draw_seed(world)
 
@@ -77,7 +74,6 @@ def choose_precision(world: World) -> str:
     """Return what is fast on the device of the first process, for all."""
     names = list(PRECISIONS)
     number = names.index(resolve_precision(world.device)) if world.is_first else 0
-
     return names[world.from_first(number)]
 
 
@@ -107,7 +103,6 @@ def check_resumable(
         if name in saved and saved[name] != value
     }
     refused = [text for name, text in changes.items() if name not in free]
-
     if refused:
         raise CheckpointError(
             f"{settings.checkpoint_path} belongs to another run: {'; '.join(refused)}."
@@ -124,7 +119,6 @@ def is_finished(settings: Settings, checkpoint: dict) -> bool:
         return False
 
     print(f"Nothing to do: all {settings.num_epochs} epochs are done (--num_epochs).")
-
     return True
 
 

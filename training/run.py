@@ -68,7 +68,6 @@ class Run:
 
     def __enter__(self) -> "Run":
         self.context.__enter__()
-
         return self
 
     def __exit__(
@@ -84,7 +83,6 @@ class Run:
         """Save what there is when the run ends early."""
         self.set_earlier_run_aside()
         self.world.note_beginning()
-
         with self.trainer.stoppable():
             try:
                 yield
@@ -110,7 +108,6 @@ class Run:
 
     def set_earlier_run_aside(self) -> None:
         table = Path(self.settings.metrics_path)
-
         if self.settings.resume or not self.world.is_first:
             return
 
@@ -136,7 +133,6 @@ class Run:
         updates = range(trainer.step, epoch * self.data.updates_per_epoch)
         started = before = time.perf_counter()
         tokens_before = trainer.tokens
-
         with trainer.progress(updates, f"Epoch {epoch}", "step") as progress:
             for batches in prefetch(self.data, updates, self.world):
                 yield batches
@@ -155,7 +151,6 @@ class Run:
         settings, trainer = self.settings, self.trainer
         is_last = epoch == settings.num_epochs
         losses = {}
-
         if epoch % settings.eval_interval == 0 or is_last:
             losses = trainer.test(self.data)
 
@@ -163,7 +158,6 @@ class Run:
         is_best = test_loss is not None and test_loss < trainer.best_test_loss
         by_source = {name: losses[name] for name in self.columns if losses}
         row = trainer.finish_epoch(test_loss, self.flops_per_token, by_source)
-
         if self.metrics:
             self.writer.check_owner()
             self.metrics.add(row)
@@ -179,7 +173,6 @@ class Run:
     def columns(self) -> list[str]:
         """The sources that have a test loss of their own: that of a single one is that of all."""
         names = list(self.data.sources)
-
         return names if len(names) > 1 else []
 
     # --- What is saved ---
@@ -192,7 +185,6 @@ class Run:
             **self.record,
             **unshard(self.trainer.state_dict()),
         }
-
         if self.world.is_first:
             self.writer.save(state, is_best)
 
@@ -216,7 +208,6 @@ class Run:
         device = self.world.device
         can_recompute = not getattr(self.settings, "activation_checkpointing", True)
         recompute = ", or add --activation_checkpointing" if can_recompute else ""
-
         return (
             f"{device} is out of memory; halve --batch_size, double --gradient_accumulation_steps"
             f"{recompute}, or take a smaller model."
@@ -227,10 +218,8 @@ def prefetch(data: TrainingData, updates: Iterable[int], world: World) -> Iterat
     """Yield the micro-batches of each update, loading the next while the last is worked on."""
     with ThreadPoolExecutor(max_workers=1) as pool:
         pending: Future | None = None
-
         for number in updates:
             upcoming = pool.submit(load_update, data, number, world)
-
             if pending is not None:
                 yield pending.result()
 
@@ -246,11 +235,9 @@ def load_update(data: TrainingData, update: int, world: World) -> MicroBatches:
     All processes get as many; what only fills up has no targets.
     """
     batches = []
-
     for number, is_own in world.share(data.numbers(update)):
         x, y = data.batch(number)
         y = y if is_own else torch.full_like(y, -1)
-
         if world.device.type == "cuda":
             x, y = x.pin_memory(), y.pin_memory()
 

@@ -50,7 +50,6 @@ class SharedOptimizer(ZeroRedundancyOptimizer):
         for weight, blocks in zip(self.weights, self.blocks, strict=True):
             if len(blocks) > 1:
                 gradients = weight.grad.split(len(blocks[0]))
-
                 for block, gradient in zip(blocks, gradients, strict=True):
                     block.grad = gradient
 
@@ -61,7 +60,6 @@ class SharedOptimizer(ZeroRedundancyOptimizer):
     def state_dict(self) -> dict:
         """Return the state of whole weights on the first process, and nothing on the others."""
         self.consolidate_state_dict()
-
         if self.rank:
             return {}
 
@@ -69,7 +67,6 @@ class SharedOptimizer(ZeroRedundancyOptimizer):
         values = iter([state["state"].get(i, {}) for i in range(sum(map(len, self.blocks)))])
         joined = [join([next(values) for _ in blocks]) for blocks in self.blocks]
         numbers = iter(range(len(joined)))
-
         return {
             "state": {number: value for number, value in enumerate(joined) if value},
             "param_groups": [
@@ -104,7 +101,6 @@ def blocks_of(weight: nn.Parameter, max_size: float) -> list[nn.Parameter]:
         return [weight]
 
     num_rows = max(1, int(max_size) // weight[0].numel())
-
     return [nn.Parameter(block) for block in weight.detach().split(num_rows)]
 
 
@@ -163,7 +159,6 @@ class ShardedMuon(Muon):
     def rounds(self, matrices: Iterable[Tensor]) -> Iterator[list[Tensor]]:
         """Yield matrices, one for each process, of like size, so that all work equally long."""
         matrices = sorted(matrices, key=lambda matrix: -matrix.numel())
-
         for first in range(0, len(matrices), self.world.size):
             yield matrices[first : first + self.world.size]
 
@@ -171,11 +166,9 @@ class ShardedMuon(Muon):
         self, matrices: Iterable[Tensor], momentum: float
     ) -> Iterator[tuple[Tensor, Tensor]]:
         self.is_begun = True
-
         for some in self.rounds(matrices):
             for owner, matrix in enumerate(some):
                 gradient = matrix.grad.full_tensor()
-
                 if owner == self.world.rank:
                     own = self.update([matrix], [gradient], momentum)[0].contiguous()
 
@@ -183,7 +176,6 @@ class ShardedMuon(Muon):
                 is_own = owner == self.world.rank
                 update = own if is_own else self.empty(matrix.shape, self.dtype)
                 dist.broadcast(update, owner)
-
                 yield matrix, shard_like(update, matrix)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -193,7 +185,6 @@ class ShardedMuon(Muon):
         """Return the state of all matrices, complete on the first process."""
         state = super().state_dict()
         numbers = {id(matrix): number for number, matrix in enumerate(self.matrices)}
-
         for owner, matrix in self.owners if self.is_begun else ():
             if owner == self.world.rank:
                 values = self.state[matrix]

@@ -99,7 +99,6 @@ class Trainer:
             TrainingError: when the loss or the gradient is not finite; the weights are as before.
         """
         self.model.train()
-
         if not self.has_warmed_up:
             self.warm_up(batches)
 
@@ -118,7 +117,6 @@ class Trainer:
         if self.network is not self.model:
             _, x, y = batches[0]
             x, y = x.to(self.device), torch.full_like(y, -1, device=self.device)
-
             with autocast(self.device, self.precision):
                 loss = self.network(x, y)
 
@@ -136,7 +134,6 @@ class Trainer:
         # The only wait for the device in an update.
         loss, norm = torch.stack([loss, norm]).tolist()
         self.check_finite(loss, norm)
-
         if math.isfinite(norm):
             self.optimizers.step(self.scaler, self.schedule(self.step), self.step)
             self.scaler.update()
@@ -147,7 +144,6 @@ class Trainer:
         self.optimizers.zero_grad()
         self.step += 1
         self.tokens += num_tokens
-
         return loss, norm
 
     def accumulate_gradient(self, batches: MicroBatches) -> tuple[Tensor, int]:
@@ -163,7 +159,6 @@ class Trainer:
         # Gradients are averaged over processes, and here they are to be added up.
         scale = self.world.size / max(1, num_targets)
         total = torch.zeros((), device=self.device)
-
         for index, ((number, x, y), count) in enumerate(zip(batches, counts, strict=True)):
             try:
                 self.check_signals()
@@ -173,7 +168,6 @@ class Trainer:
 
             torch.manual_seed(random_seed(self.seed, number))
             x, y = (part.to(self.device, non_blocking=True) for part in (x, y))
-
             with self.world.no_sync(self.network, is_last=index == len(batches) - 1):
                 with autocast(self.device, self.precision):
                     loss = self.network(x, y) * (count * scale)
@@ -188,12 +182,10 @@ class Trainer:
         """Raise TrainingError unless loss and gradient may reach the optimizers."""
         # In fp16 an overflowing gradient is normal: the scaler skips the step and scales less.
         tolerable = self.scaler.is_enabled() and self.scaler.get_scale() > 1.0
-
         if math.isfinite(loss) and (math.isfinite(norm) or tolerable):
             return
 
         self.model.zero_grad(set_to_none=True)
-
         raise TrainingError(
             f"Loss {loss} and gradient norm {norm} in epoch {len(self.metrics) + 1}, step"
             f" {self.step}; the weights were not changed. Go on with --resume and a lower"
@@ -222,7 +214,6 @@ class Trainer:
                     raise
 
                 message = self.world.describe_lost_process(lambda: self.stop.number is not None)
-
                 raise LostProcessError(message) from error
 
     # --- Evaluation ---
@@ -240,7 +231,6 @@ class Trainer:
         """
         self.model.eval()
         total, num_targets = torch.zeros((), device=self.device), 0
-
         for (x, y), is_own in self.progress(self.world.share(batches), "Testing", "batch"):
             self.check_signals()
             count = int((y >= 0).sum()) if is_own else 0
@@ -257,7 +247,6 @@ class Trainer:
     def progress(self, items: Iterable, description: str, unit: str) -> tqdm:
         """Return a progress bar; a log, in which every redrawn bar would stay, gets none."""
         is_silent = None if self.world.is_first else True
-
         return tqdm(items, desc=description, unit=unit, leave=False, disable=is_silent)
 
     # --- The record, and what a run resumes from ---
@@ -291,13 +280,11 @@ class Trainer:
         self.metrics.append(row)
         self.loss_sum = self.norm_sum = self.seconds = 0.0
         self.num_steps = 0
-
         return row
 
     @property
     def best_test_loss(self) -> float:
         losses = [row["test_loss"] for row in self.metrics if row["test_loss"] is not None]
-
         return min(losses, default=math.inf)
 
     def trained_weights(self) -> dict[str, Tensor]:
@@ -337,7 +324,6 @@ class Trainer:
             TrainingError: when weights or optimizers are not those of this run.
         """
         load_weights(self.trained_weights(), state[self.trained])
-
         try:
             self.optimizers.load_state_dict(state["optimizer"])
         except ValueError as error:
@@ -366,7 +352,6 @@ def load_weights(expected: dict[str, Tensor], given: dict[str, Tensor]) -> None:
     """
     missing = sorted(expected.keys() - given.keys())
     foreign = sorted(given.keys() - expected.keys())
-
     if missing or foreign:
         raise TrainingError(
             f"The checkpoint does not fit the model: missing {', '.join(missing[:3]) or 'nothing'},"
