@@ -87,7 +87,7 @@ def test_signal_to_torchrun_stops_all_at_one_update(small, tmp_path, number, is_
 
 
 def test_process_that_is_killed_ends_the_run_and_is_named(small, tmp_path):
-    patch = "script.Session.evaluate = lambda *args: os.kill(os.getpid(), 9) if rank else {}"
+    patch = "trainer.Trainer.test = lambda *args: os.kill(os.getpid(), 9) if rank else {}"
     process = torchrun(tmp_path, small(*FLAGS), "--standalone", patch=patch)
     status, _, errors = finish(process)
 
@@ -105,7 +105,7 @@ def test_process_that_is_killed_is_started_again(small, tmp_path):
     finished(Group(small("--num_epochs=1", out=right), 1, right))
 
     # The first time before the run has begun.
-    patch = kill_once(right / "first", 1, 0, "script.open_all")
+    patch = kill_once(right / "first", 1, 0, "script.open_corpus")
     patch += kill_once(right / "second", 1, 12)
     options = ("--standalone", "--max-restarts=2")
     status, output, errors = finish(
@@ -121,12 +121,12 @@ def test_process_that_is_killed_is_started_again(small, tmp_path):
 @pytest.mark.slow
 def test_killed_before_its_first_checkpoint_it_begins_anew(small, tmp_path):
     patch = """
-evaluate = script.Session.evaluate
+test = trainer.Trainer.test
 def killing(self, *args):
     if rank == 0 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         os.kill(os.getpid(), signal.SIGKILL)
-    return evaluate(self, *args)
-script.Session.evaluate = killing
+    return test(self, *args)
+trainer.Trainer.test = killing
 """
     argv = small(*FLAGS, "--num_epochs=1")
     process = torchrun(tmp_path, argv, "--standalone", "--max-restarts=1", patch=patch)
