@@ -75,10 +75,11 @@ def main(argv: list[str] | None = None) -> int:
         writer = job.claim_outputs()
         keys = ("lora_args", "lora", "base", "base_test_loss")
         settings, checkpoint = settle(job.settings, world, keys)
-        model, base = read_base(settings, checkpoint, world)
+        check_same_run(settings, checkpoint)
         if is_finished(settings, checkpoint):
             return 0
 
+        model, base = read_base(settings, checkpoint, world)
         data = open_data(settings, source, model.block_size, world)
         trainer = build_trainer(settings, model, data, world)
         base_loss = checkpoint.get("base_test_loss")
@@ -101,18 +102,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def read_base(settings: Settings, checkpoint: dict, world: World) -> tuple[GPT, str]:
-    """Read the base model, with its fingerprint, and hold a resumed run against it.
+    """Read the base model, with its fingerprint.
 
     Raises:
-        CheckpointError: when it cannot be read, or the resumed run belongs to another.
+        CheckpointError: when it cannot be read, or a resumed run began with another.
         UsageError: when the rank does not fit.
     """
     path = Path(settings.base_model_path)
     state = load_checkpoint(path, MODEL_KEYS)
-    if checkpoint:
-        wanted = settings.select(FIXED_FLAGS + FREE_FLAGS)
-        check_resumable(settings, checkpoint, checkpoint["lora_args"], wanted, FREE_FLAGS)
-
     model = build_model(state, path)
     base = fingerprint(model.state_dict())
     world.check_same("The base models", base)
@@ -207,6 +204,13 @@ def check_arguments(settings: Settings) -> RowSource:
         return parse_row_source(settings.dataset)
     except ValueError as error:
         raise UsageError(f"--dataset: {error}") from None
+
+
+def check_same_run(settings: Settings, checkpoint: dict) -> None:
+    """Raise CheckpointError when a resumed run has other examples or another adapter."""
+    if checkpoint:
+        wanted = settings.select(FIXED_FLAGS + FREE_FLAGS)
+        check_resumable(settings, checkpoint, checkpoint["lora_args"], wanted, FREE_FLAGS)
 
 
 # --- Flags ---
