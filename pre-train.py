@@ -113,6 +113,8 @@ def main(argv: list[str] | None = None) -> int:
 
         corpus = open_corpus(settings, sources, world)
         trainer = build_trainer(settings, weights, world)
+        # Copied by now: otherwise the run would hold them to its end.
+        weights.clear()
         restore(trainer, corpus, checkpoint)
         compiled = compile_model(trainer.model, world.device, settings.compile)
         describe_pre_training(settings, trainer, corpus, compiled)
