@@ -492,6 +492,43 @@ def test_normal_ends_in_a_row(run, size, num_ends):
         assert group.errors == []
 
 
+@pytest.mark.parametrize(
+    ("error", "status"), [("RuntimeError('no connection')", 1), ("KeyboardInterrupt", 130)]
+)
+def test_error_while_taking_leave_is_no_success(run, error, status):
+    patch = f"""
+dist = distributed.dist
+function = dist.destroy_process_group
+def failing():
+    function()
+    raise {error}
+dist.destroy_process_group = failing
+script.is_finished = lambda *args: True
+"""
+    group = run(2, patch=patch)
+
+    assert group.wait() == [status] * 2
+    assert len(group.errors) == (status == 1)
+
+
+def test_dry_run_that_is_started_again_plans_a_new_run(
+    pre_train, small, tmp_path, monkeypatch, capsys
+):
+    """It writes nothing, so the checkpoint that is there is that of another run."""
+    assert pre_train.main(small("--num_epochs=1")) == 0
+
+    place = {"RANK": 0, "WORLD_SIZE": 1, "TORCHELASTIC_RESTART_COUNT": 1}
+    for name, value in place.items():
+        monkeypatch.setenv(name, str(value))
+
+    monkeypatch.setattr("training.planning.TIMED_SECONDS", 0.0)
+    assert pre_train.main(small("--num_epochs=1", "--dry_run")) == 0
+
+    output = capsys.readouterr().out
+    assert "Memory:" in output
+    assert "Nothing to do" not in output
+
+
 def test_gpu_without_a_number_is_the_default_one():
     """Where there is none of any kind, too: `set_device` refuses what has no number."""
     World(device=torch.device("cuda")).connect()
