@@ -177,7 +177,7 @@ def wait_for_last_write(writer: CheckpointWriter) -> None:
     """Wait for a checkpoint that is being written; its failure is a note when others have asked."""
     try:
         writer.wait()
-    except CheckpointError as error:
+    except Exception as error:  # whatever it is, what ended the run comes first
         tqdm.write(f"Note:   {error}", file=sys.stderr)
 
 
