@@ -110,19 +110,21 @@ class Launch:
     ) -> bool:
         """Tell what went wrong, and leave; raise again what nobody expected."""
         with self.stack:
+            is_leaving = error is None
             try:
                 if error is None:
                     self.world.disconnect()
                     return False
-            except Exception as lost:
+            except (Exception, KeyboardInterrupt) as lost:
                 error = lost
 
             self.status, message = self.explain(error)
             if message and self.world.is_first_to_fail():
                 fail(message)
 
-            # Nothing is waited for that others would have to answer.
-            if self.world.size > 1 and dist.is_initialized():
+            # Nothing is waited for that others would have to answer. Who fails to leave them may
+            # have said `return 0` already.
+            if self.world.size > 1 and (is_leaving or dist.is_initialized()):
                 try:
                     self.stack.close()
                     sys.stdout.flush()
