@@ -257,15 +257,15 @@ def test_another_number_of_processes_goes_on(run, before, after, sharding):
 def test_gradients_are_sent_once_an_update(run):
     """4 micro-batches on 2 processes; the first time is the rehearsal."""
     count = """
-prepare = distributed.World.prepare
+wrap = distributed.World.wrap
 def counting(self, *args):
-    network = prepare(self, *args)
+    network = wrap(self, *args)
     def hook(state, bucket):
         print("sent", bucket.is_last(), file=sys.stderr)
         return default_hooks.allreduce_hook(torch.distributed.group.WORLD, bucket)
     network.register_comm_hook(None, hook)
     return network
-distributed.World.prepare = counting
+distributed.World.wrap = counting
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 """
     group = run(2, patch=count)
