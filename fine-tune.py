@@ -26,6 +26,7 @@ from training.arguments import (
     add_outputs,
     add_processes,
     add_seed,
+    check_accumulation,
     dropout_float,
     positive_float,
     positive_int,
@@ -70,8 +71,8 @@ FREE_FLAGS = ("learning_rate", "dropout", "max_gradient_norm", "precision", "num
 
 def main(argv: list[str] | None = None) -> int:
     with Launch(build_parser(), PRESETS, argv) as job:
+        source = check_arguments(job.settings, job.world.size)
         world = job.connect()
-        source = check_arguments(job.settings)
         writer = job.claim_outputs()
         keys = ("lora_args", "lora", "base", "base_test_loss")
         settings, checkpoint = settle(job.settings, world, keys)
@@ -186,9 +187,10 @@ def record(settings: Settings, data: InstructionData, base: str, base_loss: floa
     }
 
 
-def check_arguments(settings: Settings) -> RowSource:
+def check_arguments(settings: Settings, num_processes: int) -> RowSource:
     """Return the source of rows; raise UsageError where values do not fit together."""
     check_outputs(settings)
+    check_accumulation(settings, num_processes)
 
     # Neither what is read may be written over, nor what is kept beside it.
     inputs = {

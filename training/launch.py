@@ -1,6 +1,7 @@
 """A training script from its flags to its exit status: processes, device, locks, errors in a line.
 
 with Launch(parser, presets, argv) as job:
+    check_arguments(job.settings)
     job.connect()
     ...
 return job.status
@@ -36,7 +37,7 @@ class Launch:
 
     Attributes:
         settings: the flags as they were given.
-        world: the processes of the run; the only one until connect.
+        world: the processes of the run, which meet in connect.
         libraries: bytes of memory that the process had by then, before there was a model.
         status: the exit status, 0 unless something was raised.
 
@@ -47,6 +48,10 @@ class Launch:
     def __init__(self, parser: Parser, presets: dict[str, dict], argv: list[str] | None):
         self.settings: Settings = parser.parse(argv, presets)
         self.world = World()
+        # One process speaks for all before they meet, too. What is wrong here connect raises.
+        with contextlib.suppress(ProcessError):
+            self.world = World.from_environment()
+
         self.libraries = 0
         self.status = 0
         self.stack = contextlib.ExitStack()

@@ -8,7 +8,7 @@ from data import TrainingData
 from system.devices import PRECISIONS, resolve_precision
 from system.distributed import World
 from text.tokenizer import ENCODING
-from training.arguments import Settings, UsageError
+from training.arguments import Settings
 from training.checkpoint import CheckpointError, load_checkpoint
 from training.trainer import Trainer
 

@@ -303,6 +303,22 @@ def test_wrong_flag_is_told_once(run):
     assert len(group.errors) == 1
 
 
+@pytest.mark.parametrize(
+    "flag", ["--samples_per_epoch=1", "--gradient_accumulation_steps=1", "--dataset=nobody"]
+)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_wrong_flag_is_told_before_processes_meet(
+    pre_train, small, monkeypatch, capsys, rank, flag
+):
+    """Another machine may be started later; one process tells it."""
+    place = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}
+    for name, value in place.items():
+        monkeypatch.setenv(name, str(value))
+
+    assert pre_train.main(small("--process_timeout=0.01", flag)) == 2
+    assert capsys.readouterr().err.count("error: --") == (rank == 0)
+
+
 def test_batches_that_do_not_divide_are_told(run):
     group = run(3, "--num_epochs=1")
     finished(group)
