@@ -26,6 +26,7 @@ from training.arguments import (
     add_outputs,
     add_processes,
     add_seed,
+    check_accumulation,
     dropout_float,
     positive_float,
     positive_int,
@@ -70,15 +71,16 @@ FREE_FLAGS = ("learning_rate", "dropout", "max_gradient_norm", "precision", "num
 
 def main(argv: list[str] | None = None) -> int:
     with Launch(build_parser(), PRESETS, argv) as job:
+        source = check_arguments(job.settings, job.world.size)
         world = job.connect()
-        source = check_arguments(job.settings)
         writer = job.claim_outputs()
         keys = ("lora_args", "lora", "base", "base_test_loss")
         settings, checkpoint = settle(job.settings, world, keys)
-        model, base = read_base(settings, checkpoint, world)
+        check_same_run(settings, checkpoint)
         if is_finished(settings, checkpoint):
             return 0
 
+        model, base = read_base(settings, checkpoint, world)
         data = open_data(settings, source, model.block_size, world)
         trainer = build_trainer(settings, model, data, world)
         base_loss = checkpoint.get("base_test_loss")
@@ -101,18 +103,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def read_base(settings: Settings, checkpoint: dict, world: World) -> tuple[GPT, str]:
-    """Read the base model, with its fingerprint, and hold a resumed run against it.
+    """Read the base model, with its fingerprint.
 
     Raises:
-        CheckpointError: when it cannot be read, or the resumed run belongs to another.
+        CheckpointError: when it cannot be read, or a resumed run began with another.
         UsageError: when the rank does not fit.
     """
     path = Path(settings.base_model_path)
     state = load_checkpoint(path, MODEL_KEYS)
-    if checkpoint:
-        wanted = settings.select(FIXED_FLAGS + FREE_FLAGS)
-        check_resumable(settings, checkpoint, checkpoint["lora_args"], wanted, FREE_FLAGS)
-
     model = build_model(state, path)
     base = fingerprint(model.state_dict())
     world.check_same("The base models", base)
@@ -189,9 +187,10 @@ def record(settings: Settings, data: InstructionData, base: str, base_loss: floa
     }
 
 
-def check_arguments(settings: Settings) -> RowSource:
+def check_arguments(settings: Settings, num_processes: int) -> RowSource:
     """Return the source of rows; raise UsageError where values do not fit together."""
     check_outputs(settings)
+    check_accumulation(settings, num_processes)
 
     # Neither what is read may be written over, nor what is kept beside it.
     inputs = {
@@ -207,6 +206,13 @@ def check_arguments(settings: Settings) -> RowSource:
         return parse_row_source(settings.dataset)
     except ValueError as error:
         raise UsageError(f"--dataset: {error}") from None
+
+
+def check_same_run(settings: Settings, checkpoint: dict) -> None:
+    """Raise CheckpointError when a resumed run has other examples or another adapter."""
+    if checkpoint:
+        wanted = settings.select(FIXED_FLAGS + FREE_FLAGS)
+        check_resumable(settings, checkpoint, checkpoint["lora_args"], wanted, FREE_FLAGS)
 
 
 # --- Flags ---

@@ -27,6 +27,7 @@ from training.arguments import (
     add_outputs,
     add_processes,
     add_seed,
+    check_accumulation,
     dropout_float,
     non_negative_float,
     non_negative_int,
@@ -98,8 +99,8 @@ FREE_FLAGS = (
 
 def main(argv: list[str] | None = None) -> int:
     with Launch(build_parser(), PRESETS, argv) as job:
+        sources = check_arguments(job.settings, job.world.size)
         world = job.connect()
-        sources = check_arguments(job.settings)
         if job.settings.eval_only:
             evaluate(job.settings, sources, world)
             return 0
@@ -113,6 +114,8 @@ def main(argv: list[str] | None = None) -> int:
 
         corpus = open_corpus(settings, sources, world)
         trainer = build_trainer(settings, weights, world)
+        # Copied by now: otherwise the run would hold them to its end.
+        weights.clear()
         restore(trainer, corpus, checkpoint)
         compiled = compile_model(trainer.model, world.device, settings.compile)
         describe_pre_training(settings, trainer, corpus, compiled)
@@ -291,12 +294,13 @@ def build_parser() -> Parser:
     return parser
 
 
-def check_arguments(settings: Settings) -> Sources:
+def check_arguments(settings: Settings, num_processes: int) -> Sources:
     """Return the sources with their weights; raise UsageError where values do not fit together."""
     check_outputs(settings)
     check_modes(settings)
     if not settings.eval_only:
         check_recipe(settings)
+        check_accumulation(settings, num_processes)
 
     # What a run writes below a folder of text is none of it.
     outputs = [

@@ -58,7 +58,7 @@ class Lock:
 
     def acquire(self, wait: bool, on_wait: Callable[[str], None]) -> None:
         seen: tuple[dict | None, int | None] = (None, None)
-        since, is_waiting = 0.0, False
+        since, is_waiting = time.monotonic(), False
         while not self.create():
             found = holder, _ = look(self.path)
             alive = is_alive(holder)

@@ -241,6 +241,17 @@ def test_nothing_to_do(fine_tune, small, tmp_path, capsys):
     assert digest(tmp_path / "lora.pt") == before
 
 
+def test_nothing_to_do_whatever_the_base_is_by_now(fine_tune, small, base_path, tmp_path, capsys):
+    fine_tune.main(small())
+    state = read(base_path)
+    state["model"]["norm.weight"] += 1
+    save_checkpoint(tmp_path / "base.pt", state)
+    argv = small("--resume", f"--base_model_path={tmp_path / 'base.pt'}")
+
+    assert fine_tune.main(argv) == 0
+    assert "Nothing to do" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("flag", "status", "message"),
     [

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import weakref
 
 import pytest
 import torch
@@ -65,6 +66,29 @@ def test_run_begins_with_the_weights_and_sizes(pre_train, small, initial, tmp_pa
     # The run is a new one.
     assert found["position"] == 3
     assert [row["epoch"] for row in found["metrics"]] == [1]
+
+
+def test_the_weights_are_not_held_during_the_run(pre_train, small, initial, tmp_path, monkeypatch):
+    begin_with, references, alive = pre_train.begin_with, [], []
+
+    def beginning(*args):
+        settings, weights = begin_with(*args)
+        references.extend(map(weakref.ref, weights.values()))
+
+        return settings, weights
+
+    def finish(self, *args):
+        alive.extend(name for reference in references if (name := reference()) is not None)
+
+        return real(self, *args)
+
+    real = pre_train.Run.finish
+    monkeypatch.setattr(pre_train, "begin_with", beginning)
+    monkeypatch.setattr(pre_train.Run, "finish", finish)
+
+    assert pre_train.main(flags(small, initial, *FROZEN, out=tmp_path)) == 0
+    assert references
+    assert not alive
 
 
 def test_resumed_it_ends_as_if_nothing_had_happened(pre_train, small, initial, tmp_path):

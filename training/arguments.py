@@ -161,6 +161,15 @@ def add_device(add: Callable, formatted: str) -> None:
     )
 
 
+def check_accumulation(settings: Settings, num_processes: int) -> None:
+    """Raise UsageError when an update has no batch for every process."""
+    if settings.gradient_accumulation_steps < num_processes:
+        raise UsageError(
+            f"--gradient_accumulation_steps must be at least {num_processes}, one batch for each"
+            f" process; {settings.gradient_accumulation_steps} given"
+        )
+
+
 def parse_bool(value: str) -> bool:
     """Read True or False, also as yes, no, 1 or 0."""
     if value.lower() in ("true", "yes", "1"):

@@ -1,6 +1,7 @@
 """A training script from its flags to its exit status: processes, device, locks, errors in a line.
 
 with Launch(parser, presets, argv) as job:
+    check_arguments(job.settings)
     job.connect()
     ...
 return job.status
@@ -36,7 +37,7 @@ class Launch:
 
     Attributes:
         settings: the flags as they were given.
-        world: the processes of the run; the only one until connect.
+        world: the processes of the run, which meet in connect.
         libraries: bytes of memory that the process had by then, before there was a model.
         status: the exit status, 0 unless something was raised.
 
@@ -47,6 +48,10 @@ class Launch:
     def __init__(self, parser: Parser, presets: dict[str, dict], argv: list[str] | None):
         self.settings: Settings = parser.parse(argv, presets)
         self.world = World()
+        # One process speaks for all before they meet, too. What is wrong here connect raises.
+        with contextlib.suppress(ProcessError):
+            self.world = World.from_environment()
+
         self.libraries = 0
         self.status = 0
         self.stack = contextlib.ExitStack()
@@ -110,19 +115,21 @@ class Launch:
     ) -> bool:
         """Tell what went wrong, and leave; raise again what nobody expected."""
         with self.stack:
+            is_leaving = error is None
             try:
                 if error is None:
                     self.world.disconnect()
                     return False
-            except Exception as lost:
+            except (Exception, KeyboardInterrupt) as lost:
                 error = lost
 
             self.status, message = self.explain(error)
             if message and self.world.is_first_to_fail():
                 fail(message)
 
-            # Nothing is waited for that others would have to answer.
-            if self.world.size > 1 and dist.is_initialized():
+            # Nothing is waited for that others would have to answer. Who fails to leave them may
+            # have said `return 0` already.
+            if self.world.size > 1 and (is_leaving or dist.is_initialized()):
                 try:
                     self.stack.close()
                     sys.stdout.flush()
@@ -177,7 +184,7 @@ def wait_for_last_write(writer: CheckpointWriter) -> None:
     """Wait for a checkpoint that is being written; its failure is a note when others have asked."""
     try:
         writer.wait()
-    except CheckpointError as error:
+    except Exception as error:  # whatever it is, what ended the run comes first
         tqdm.write(f"Note:   {error}", file=sys.stderr)
 
 

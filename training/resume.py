@@ -8,7 +8,7 @@ from data import TrainingData
 from system.devices import PRECISIONS, resolve_precision
 from system.distributed import World
 from text.tokenizer import ENCODING
-from training.arguments import Settings, UsageError
+from training.arguments import Settings
 from training.checkpoint import CheckpointError, load_checkpoint
 from training.trainer import Trainer
 
@@ -38,17 +38,12 @@ def settle(settings: Settings, world: World, keys: tuple[str, ...]) -> tuple[Set
         The settings, with a seed and a precision, and the checkpoint; empty for a new run.
 
     Raises:
-        UsageError: when an update has no batch for every process.
         CheckpointError: when the checkpoint cannot be read.
     """
-    if settings.gradient_accumulation_steps < world.size:
-        raise UsageError(
-            f"--gradient_accumulation_steps must be at least {world.size}, one batch for each"
-            f" process; {settings.gradient_accumulation_steps} given"
-        )
-
     path = Path(settings.checkpoint_path)
-    if not settings.resume and world.is_started_again():
+    # A dry run writes nothing, so what lies there is never its own.
+    is_writer = not getattr(settings, "dry_run", False)
+    if is_writer and not settings.resume and world.is_started_again():
         settings = settings.replace(resume=bool(world.from_first(path.exists())))
 
     checkpoint = {}

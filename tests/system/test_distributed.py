@@ -303,6 +303,22 @@ def test_wrong_flag_is_told_once(run):
     assert len(group.errors) == 1
 
 
+@pytest.mark.parametrize(
+    "flag", ["--samples_per_epoch=1", "--gradient_accumulation_steps=1", "--dataset=nobody"]
+)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_wrong_flag_is_told_before_processes_meet(
+    pre_train, small, monkeypatch, capsys, rank, flag
+):
+    """Another machine may be started later; one process tells it."""
+    place = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}
+    for name, value in place.items():
+        monkeypatch.setenv(name, str(value))
+
+    assert pre_train.main(small("--process_timeout=0.01", flag)) == 2
+    assert capsys.readouterr().err.count("error: --") == (rank == 0)
+
+
 def test_batches_that_do_not_divide_are_told(run):
     group = run(3, "--num_epochs=1")
     finished(group)
@@ -490,6 +506,43 @@ def test_normal_ends_in_a_row(run, size, num_ends):
 
         assert group.wait() == [0] * size
         assert group.errors == []
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [("RuntimeError('no connection')", 1), ("KeyboardInterrupt", 130)]
+)
+def test_error_while_taking_leave_is_no_success(run, error, status):
+    patch = f"""
+dist = distributed.dist
+function = dist.destroy_process_group
+def failing():
+    function()
+    raise {error}
+dist.destroy_process_group = failing
+script.is_finished = lambda *args: True
+"""
+    group = run(2, patch=patch)
+
+    assert group.wait() == [status] * 2
+    assert len(group.errors) == (status == 1)
+
+
+def test_dry_run_that_is_started_again_plans_a_new_run(
+    pre_train, small, tmp_path, monkeypatch, capsys
+):
+    """It writes nothing, so the checkpoint that is there is that of another run."""
+    assert pre_train.main(small("--num_epochs=1")) == 0
+
+    place = {"RANK": 0, "WORLD_SIZE": 1, "TORCHELASTIC_RESTART_COUNT": 1}
+    for name, value in place.items():
+        monkeypatch.setenv(name, str(value))
+
+    monkeypatch.setattr("training.planning.TIMED_SECONDS", 0.0)
+    assert pre_train.main(small("--num_epochs=1", "--dry_run")) == 0
+
+    output = capsys.readouterr().out
+    assert "Memory:" in output
+    assert "Nothing to do" not in output
 
 
 def test_gpu_without_a_number_is_the_default_one():

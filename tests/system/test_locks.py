@@ -72,6 +72,20 @@ def test_a_lock_that_cannot_be_written_is_not_left_half_written(tmp_path, monkey
     assert not list(tmp_path.iterdir())
 
 
+def test_a_lock_that_was_just_given_back_is_not_removed(tmp_path, monkeypatch):
+    """Between two looks at it another process may have taken it."""
+    path, removed = tmp_path / "lock", []
+    real = Lock.create
+    answers = iter([False])
+    monkeypatch.setattr(Lock, "create", lambda self: next(answers, None) is None and real(self))
+    monkeypatch.setattr(locks, "remove", lambda *args: removed.append(args))
+
+    with Lock(path):
+        pass
+
+    assert not removed
+
+
 @pytest.mark.parametrize(
     "changes",
     [
