@@ -605,6 +605,15 @@ MUTATIONS = [
         "pass",
         "training takes up to 18 times as long",
     ),
+    Mutation(
+        64,
+        "A terminal that is closed, or an ssh that breaks",
+        ("test_pre_train", "signal_saves"),
+        "system/signals.py",
+        "SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)",
+        "SIGNALS = (signal.SIGTERM, signal.SIGINT)",
+        "the updates since the last checkpoint are lost",
+    ),
 ]
 
 

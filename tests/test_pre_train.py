@@ -179,7 +179,7 @@ def test_killed_twice_and_resumed_it_ends_as_if_nothing_had_happened(
     ]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signal_saves_and_leaves_and_loses_no_update(pre_train, small, folders, number):
     """The interval of checkpoints alone would have lost four updates."""
     undisturbed, stopped = folders
@@ -208,6 +208,15 @@ def test_signal_from_outside(small, tmp_path):
 
     assert status == 143
     assert f"Stopped after update {read(tmp_path / 'checkpoint.pt')['position']};" in output
+
+
+def test_closed_terminal_ends_no_run_under_nohup(small, tmp_path):
+    patch = "signal.signal(signal.SIGHUP, signal.SIG_IGN)" + SIGNAL_AT.format(4, [1])
+    status, output, errors = finish(launch(small(), patch))
+
+    assert status == 0, errors
+    assert "Stopped" not in output
+    assert read(tmp_path / "checkpoint.pt")["position"] == 9
 
 
 def test_second_signal_leaves_at_once(small, tmp_path):

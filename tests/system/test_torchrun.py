@@ -56,6 +56,7 @@ def position(folder) -> int:
     ("number", "is_echoed"),
     [
         (signal.SIGTERM, True),
+        (signal.SIGHUP, True),
         pytest.param(signal.SIGTERM, False, marks=pytest.mark.slow),
         pytest.param(signal.SIGINT, True, marks=pytest.mark.slow),
     ],
