@@ -58,11 +58,13 @@ def main(argv: list[str] | None = None) -> int:
 
     # Only now, so that a wrong flag is answered at once.
     from interop.outputs import ConversionError
+    from system.streams import steady_output
     from text.errors import DataError
     from training.checkpoint import CheckpointError
 
     try:
-        action(args, given)
+        with steady_output():
+            action(args, given)
     except (CheckpointError, ConversionError, DataError, OSError) as error:
         return fail(error)
     except ModuleNotFoundError as error:

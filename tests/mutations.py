@@ -614,6 +614,33 @@ MUTATIONS = [
         "SIGNALS = (signal.SIGTERM, signal.SIGINT)",
         "the updates since the last checkpoint are lost",
     ),
+    Mutation(
+        65,
+        "A reader of the output that leaves (`| head`)",
+        ("training/test_launch", "reader_of_the_output"),
+        "system/streams.py",
+        "except (OSError, ValueError) as error:\n            # What",
+        "except ZeroDivisionError as error:\n            # What",
+        "the run ends with it",
+    ),
+    Mutation(
+        66,
+        "A table or a TensorBoard that cannot be written",
+        ("training/test_metrics", ""),
+        "training/metrics.py",
+        "        except Exception as error:\n",
+        "        except ZeroDivisionError as error:\n",
+        "the run ends with it",
+    ),
+    Mutation(
+        67,
+        "An error that nobody expected",
+        ("training/test_launch", "nobody_expected"),
+        "training/run.py",
+        "                    self.rescue()\n                    raise\n",
+        "                    raise\n",
+        "the updates since the last checkpoint are lost",
+    ),
 ]
 
 

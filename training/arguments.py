@@ -11,6 +11,8 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 
+from system.streams import open_closed_streams
+
 
 class UsageError(ValueError):
     """Arguments that do not fit together, or not what was found in the files that they name."""
@@ -47,6 +49,8 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, argv: list[str] | None, presets: dict[str, dict] | None = None) -> Settings:
         """Read the arguments: given ones win over those of `--preset`, and these over defaults."""
+        open_closed_streams()
+
         # A path may hold bytes that no terminal can show.
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):

@@ -23,6 +23,7 @@ from system.devices import DeviceError, own_device, resolve_device
 from system.distributed import ProcessError, World
 from system.memory import is_out_of_memory, peak_memory, tune_memory
 from system.signals import Interrupted
+from system.streams import steady_output
 from text.errors import DataError
 from training.arguments import Parser, Settings, UsageError, fail
 from training.checkpoint import CheckpointError, CheckpointWriter, claimed
@@ -55,6 +56,7 @@ class Launch:
         self.libraries = 0
         self.status = 0
         self.stack = contextlib.ExitStack()
+        self.stack.enter_context(steady_output())
 
     def __enter__(self) -> "Launch":
         return self

@@ -3,10 +3,11 @@
 A row is a dictionary of numbers, one an epoch; None stands for a test that was not due.
 """
 
+import contextlib
 import csv
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tqdm import tqdm
@@ -21,7 +22,8 @@ SOURCE_LOSS = "test_loss_"
 class MetricsFile:
     """The rows of a run as a CSV file, and as a picture beside it.
 
-    Where TensorBoard is installed, it has them in `runs` beside both.
+    Where TensorBoard is installed, it has them in `runs` beside both. None of these is worth a run:
+    what fails is one note, and rows that could not be written come with the next one.
     """
 
     COLUMNS = (
@@ -48,43 +50,61 @@ class MetricsFile:
         self.rows = list(rows)
         self.sources = {name: SOURCE_LOSS + name for name in sources}
         self.columns = [*self.COLUMNS, *self.sources.values()]
-        with replaced(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, self.columns)
-            writer.writeheader()
-            writer.writerows(rows)
-
-        self.has_noted = False
+        self.is_whole = False
+        self.notes: set[str] = set()
+        self.write()
         self.draw()
-        self.board = self.open_board(path.parent / "runs" / path.stem, len(rows))
+        self.board = None
+        with self.noted("TensorBoard gets no metrics"):
+            self.board = self.open_board(path.parent / "runs" / path.stem, len(rows))
 
     @staticmethod
     def open_board(folder: Path, num_rows: int):
         try:
             from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
+        except ModuleNotFoundError as error:
+            if not str(error.name).endswith("tensorboard"):
+                raise
+
             return None
 
         return SummaryWriter(folder, purge_step=num_rows + 1)
 
     def add(self, row: dict) -> None:
         self.rows.append(row)
-        with open(self.path, "a", newline="") as file:
-            csv.DictWriter(file, self.columns).writerow(row)
-
+        self.write()
         if row["test_loss"] is not None:
             self.draw()
 
-        if self.board is not None:
-            for name, value in row.items():
-                if name != "epoch" and value is not None:
-                    self.board.add_scalar(name, value, row["epoch"])
+        board, self.board = self.board, None
+        if board is not None:
+            with self.noted("TensorBoard gets no more metrics"):
+                for name, value in row.items():
+                    if name != "epoch" and value is not None:
+                        board.add_scalar(name, value, row["epoch"])
 
-            self.board.flush()
+                board.flush()
+                self.board = board
+
+    def write(self) -> None:
+        """Append the last row to the table; where that is not whole, write all rows anew."""
+        is_whole, self.is_whole = self.is_whole, False
+        with self.noted(f"{self.path} was not written"):
+            if is_whole:
+                with open(self.path, "a", newline="") as file:
+                    csv.DictWriter(file, self.columns).writerow(self.rows[-1])
+            else:
+                with replaced(self.path, "w", newline="") as file:
+                    writer = csv.DictWriter(file, self.columns)
+                    writer.writeheader()
+                    writer.writerows(self.rows)
+
+            self.is_whole = True
 
     def draw(self) -> None:
-        """Draw the curves of all rows; a picture that fails is one note a run, and no more."""
+        """Draw the curves of all rows."""
         picture = picture_path(self.path)
-        try:
+        with self.noted(f"{picture} was not drawn"):
             if not self.rows:
                 # There may be one of an earlier run. Drawing nothing spares the start of a run
                 # the import of matplotlib.
@@ -94,13 +114,19 @@ class MetricsFile:
             content = draw_curves(self.rows, self.sources, self.path.stem)
             with replaced(picture, "w", newline="", encoding="utf-8") as file:
                 file.write(content)
-        except Exception as error:  # no picture is worth a run
-            if not self.has_noted:
+
+    @contextlib.contextmanager
+    def noted(self, what: str) -> Iterator[None]:
+        """Turn whatever is raised into a note, one a run for each thing that fails."""
+        try:
+            yield
+        except Exception as error:
+            if what not in self.notes:
                 # Errors of matplotlib can have several lines.
                 reason = " ".join(str(getattr(error, "strerror", None) or error).split())
-                tqdm.write(f"Note:   {picture} was not drawn: {reason}", file=sys.stderr)
+                tqdm.write(f"Note:   {what}: {reason}", file=sys.stderr)
 
-            self.has_noted = True
+            self.notes.add(what)
 
 
 def picture_path(metrics_path: Path) -> Path:

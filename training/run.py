@@ -7,11 +7,13 @@
 
             run.finish(epoch)
 
-It saves at intervals, when a signal comes, when an update fails, and at the end.
+It saves at intervals, when a signal comes, when an update or anything else fails, and at the end.
 """
 
 import contextlib
+import sys
 import time
+import traceback
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -26,7 +28,7 @@ from system.memory import is_out_of_memory
 from system.signals import Interrupted
 from text.tokenizer import ENCODING
 from training.arguments import Settings
-from training.checkpoint import FORMAT_VERSION, CheckpointWriter, set_aside
+from training.checkpoint import FORMAT_VERSION, CheckpointError, CheckpointWriter, set_aside
 from training.metrics import MetricsFile, describe_row, picture_path
 from training.trainer import MicroBatches, Trainer, TrainingError
 
@@ -59,6 +61,7 @@ class Run:
         self.record = record
         self.flops_per_token = trainer.model.flops_per_token(data.mean_length)
         self.context = self.guarded()
+        self.saved_step = trainer.step
         # Of the first process, once it trains.
         self.metrics: MetricsFile | None = None
 
@@ -98,10 +101,16 @@ class Run:
                 self.save()
                 self.leave()
                 raise
+            except CheckpointError:
+                raise
             except Exception as error:
                 if not is_out_of_memory(error):
+                    self.rescue()
                     raise
 
+                # Otherwise what was computed stays as long as the error.
+                traceback.clear_frames(error.__traceback__)
+                self.rescue()
                 raise TrainingError(self.advise_on_memory()) from None
 
             self.leave()
@@ -188,8 +197,26 @@ class Run:
         if self.world.is_first:
             self.writer.save(state, is_best)
 
+        self.saved_step = self.trainer.step
         # However long the one before takes, nobody counts as lost meanwhile.
         self.world.wait_for_all()
+
+    def rescue(self) -> None:
+        """Save the updates that no checkpoint has, before an error that nobody expected is told.
+
+        Processes can only save together, and what failed in one the others do not know.
+        """
+        trainer = self.trainer
+        is_saved = trainer.step == self.saved_step and not self.writer.has_failed
+        if is_saved or self.world.size > 1 or trainer.is_updating:
+            return
+
+        try:
+            self.save()
+            self.leave()
+            print(f"Saved after update {trainer.step} as {self.writer.path}.")
+        except Exception as error:  # what ended the run comes first
+            tqdm.write(f"Note:   {error}", file=sys.stderr)
 
     def leave(self) -> None:
         """Return when all that there is to keep is on the disk; leave the other processes."""

@@ -83,6 +83,8 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.stop = StopSignal()
         self.has_warmed_up = False
+        # Some weights may be new and others not.
+        self.is_updating = False
         self.last_loss = math.nan
 
     @property
@@ -134,6 +136,7 @@ class Trainer:
         # The only wait for the device in an update.
         loss, norm = torch.stack([loss, norm]).tolist()
         self.check_finite(loss, norm)
+        self.is_updating = True
         if math.isfinite(norm):
             self.optimizers.step(self.scaler, self.schedule(self.step), self.step)
             self.scaler.update()
@@ -144,6 +147,7 @@ class Trainer:
         self.optimizers.zero_grad()
         self.step += 1
         self.tokens += num_tokens
+        self.is_updating = False
         return loss, norm
 
     def accumulate_gradient(self, batches: MicroBatches) -> tuple[Tensor, int]:
