@@ -130,9 +130,12 @@ def sync(file: IO) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames in a folder survive a power failure."""
+    """Make renames in a folder survive a power failure, where its file system can do that."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)

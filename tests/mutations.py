@@ -641,6 +641,15 @@ MUTATIONS = [
         "                    raise\n",
         "the updates since the last checkpoint are lost",
     ),
+    Mutation(
+        68,
+        "A file system that cannot force a folder to the disk",
+        ("system/test_files", "cannot_be_forced"),
+        "system/files.py",
+        "if error.errno not in (errno.EINVAL, errno.ENOTSUP):",
+        "if True:",
+        "nothing can be saved there",
+    ),
 ]
 
 
