@@ -46,10 +46,13 @@ def test_disk_that_fails_is_told(tmp_path, refused_sync):
         pass
 
 
-def test_a_run_and_its_conversion_end_there(pre_train, small, convert, tmp_path, refused_sync):
+def test_a_run_and_its_conversion_end_there(
+    pre_train, small, convert, tmp_path, refused_sync, capsys
+):
     refused_sync(errno.EINVAL)
     dataset = f"--dataset_path={tmp_path / 'dataset'}"
     assert pre_train.main(small("--num_epochs=1", dataset)) == 0
 
+    capsys.readouterr()
     convert("--to_hugging_face=exported", f"--checkpoint_path={tmp_path / 'checkpoint.pt'}")
     assert (tmp_path / "exported" / "config.json").exists()
