@@ -123,10 +123,10 @@ def generate(
         The next token of each text, int64 (B).
     """
     generator = torch.Generator().manual_seed(seed)
-    chance = torch.rand(num_tokens, len(prompt), generator=generator).to(prompt.device)
     decoder = Decoder(model, len(prompt), use_graphs)
     x = prompt[:, -model.block_size :]
-    for uniform in chance:
+    for _ in range(num_tokens):
+        uniform = torch.rand(len(prompt), generator=generator).to(prompt.device)  # (B)
         tokens = sampler(decoder.read(x), uniform)  # (B)
         yield tokens
 

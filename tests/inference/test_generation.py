@@ -151,6 +151,16 @@ def test_same_seed_same_text_without_the_cache(model):
     assert cached.tolist() == text[:, 3:].tolist()
 
 
+def test_tokens_that_may_come_cost_nothing_before(model):
+    """Chances for all of them would take more memory than there is."""
+    prompt = torch.zeros(2, 3, dtype=torch.int64)
+    first = list(generate(model, prompt, 5, Sampler(), seed=3))
+    endless = generate(model, prompt, 10**15, Sampler(), seed=3)
+
+    for tokens in first:
+        assert next(endless).tolist() == tokens.tolist()
+
+
 def exact_chances(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> np.ndarray:
     """Return the probabilities by the definitions, in float64, one after the other."""
     order = np.argsort(-logits, kind="stable")
