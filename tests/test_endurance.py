@@ -109,7 +109,7 @@ def test_signals_at_random_moments(run, tmp_path, size, number):
         shutil.rmtree(tmp_path / "stopped", ignore_errors=True)
         delays = [moments.uniform(0, 0.1) for _ in range(size)]
         patch = f"""
-import threading
+import threading, time
 take_step = trainer.Trainer.take_step
 def signalled(self, *args):
     if self.step == {moments.randrange(20)}:
@@ -118,7 +118,7 @@ def signalled(self, *args):
         timer.daemon = True
         timer.start()
     # Long enough for the timer.
-    trainer.time.sleep(0.01)
+    time.sleep(0.01)
     return take_step(self, *args)
 trainer.Trainer.take_step = signalled
 """

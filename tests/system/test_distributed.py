@@ -255,7 +255,7 @@ def test_another_number_of_processes_goes_on(run, before, after, sharding):
 
 
 def test_gradients_are_sent_once_an_update(run):
-    """4 micro-batches on 2 processes; the first time is the rehearsal."""
+    """4 micro-batches on 2 processes; the first time is the warm-up."""
     count = """
 wrap = distributed.World.wrap
 def counting(self, *args):
@@ -378,7 +378,7 @@ def test_slow_save_is_no_loss(run):
     fault = """
 save = checkpoint.save_checkpoint
 def slow(*args):
-    trainer.time.sleep(2)
+    distributed.time.sleep(2)
     return save(*args)
 checkpoint.save_checkpoint = slow
 """
