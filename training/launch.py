@@ -129,9 +129,10 @@ class Launch:
             if message and self.world.is_first_to_fail():
                 fail(message)
 
-            # Nothing is waited for that others would have to answer. Who fails to leave them may
-            # have said `return 0` already.
-            if self.world.size > 1 and (is_leaving or dist.is_initialized()):
+            # Nothing is waited for that others would have to answer, nor a library's thread that
+            # does. Who fails to leave them may have said `return 0` already.
+            may_hang = isinstance(error, ProcessError) or dist.is_initialized()
+            if self.world.size > 1 and (is_leaving or may_hang):
                 try:
                     self.stack.close()
                     sys.stdout.flush()

@@ -42,7 +42,7 @@ class Run:
 
     Raises:
         Interrupted: on leaving, when a signal has come; all updates are saved.
-        TrainingError: when an update fails, or memory runs out; finished updates are saved.
+        TrainingError: when an update fails and finished ones are saved, or when memory runs out.
         LostProcessError: when another process is lost.
     """
 

@@ -358,6 +358,21 @@ def test_network_that_is_not_there_is_named(run):
     assert all("nosuch" in line and "no answer" not in line for line in group.errors)
 
 
+def test_process_that_met_nobody_waits_for_no_thread(run):
+    """As of a library that is still trying."""
+    patch = """
+import threading, time
+def failing(*args, **options):
+    threading.Thread(target=time.sleep, args=(60,)).start()
+    raise RuntimeError("no network")
+distributed.dist.init_process_group = failing
+"""
+    group = run(2, patch=patch)
+
+    assert group.wait(15) == [1, 1]
+    assert "did not meet the others" in group.errors[0]
+
+
 def test_slow_save_is_no_loss(run):
     """Longer than the processes wait for each other."""
     fault = """
