@@ -53,7 +53,7 @@ class TrainingData(Protocol):
         """The names of what is tested on, each apart."""
         ...
 
-    def numbers(self, update: int) -> range:
+    def batch_numbers(self, update: int) -> range:
         """Return the numbers of the micro-batches of an update."""
         ...
 
@@ -76,13 +76,13 @@ class Corpus:
 
     Args:
         stream: the samples to train on.
-        tests: the windows to test on, by source.
+        test_windows: the windows to test on, by source.
         batches_per_update: micro-batches of batch_size samples.
     """
 
     datasets: list[TokenDataset]
     stream: "SampleStream"
-    tests: dict[str, "EvaluationWindows"]
+    test_windows: dict[str, "EvaluationWindows"]
     batch_size: int
     batches_per_update: int
     updates_per_epoch: int
@@ -97,7 +97,7 @@ class Corpus:
 
     @property
     def sources(self) -> list[str]:
-        return list(self.tests)
+        return list(self.test_windows)
 
     @property
     def mean_length(self) -> int:
@@ -108,7 +108,7 @@ class Corpus:
         """The tokens to train on."""
         return sum(len(dataset.train) for dataset in self.datasets)
 
-    def numbers(self, update: int) -> range:
+    def batch_numbers(self, update: int) -> range:
         first = update * self.batches_per_update
         return range(first, first + self.batches_per_update)
 
@@ -116,7 +116,9 @@ class Corpus:
         return self.stream.batch(number * self.batch_size, self.batch_size)
 
     def test_batches(self) -> dict[str, Iterable[Batch]]:
-        return {name: windows.batches(self.batch_size) for name, windows in self.tests.items()}
+        return {
+            name: windows.batches(self.batch_size) for name, windows in self.test_windows.items()
+        }
 
     def mean_loss(self, losses: dict[str, float]) -> float:
         """Return the mean of the sources' losses by their weights."""
@@ -267,7 +269,7 @@ class SampleStream:
         """
         windows = np.empty((batch_size, self.block_size + 1), dtype=TOKEN_TYPE)  # (B, T + 1)
         for row, sample in enumerate(range(first, first + batch_size)):
-            tokens, start = self.place(sample)
+            tokens, start = self.locate(sample)
             window = tokens[start : start + self.block_size + 1]
             windows[row, : len(window)] = window
             # Tokens are a ring: behind the last comes the first.
@@ -275,7 +277,7 @@ class SampleStream:
 
         return split_windows(windows)
 
-    def place(self, sample: int) -> tuple[np.ndarray, int]:
+    def locate(self, sample: int) -> tuple[np.ndarray, int]:
         """Return the source of a sample and where in it the sample begins."""
         period, place = divmod(sample, len(self.turns))
         source = int(self.turns[place])

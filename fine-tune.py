@@ -11,7 +11,7 @@ import system.threads  # noqa: F401, for what it does before torch is there
 import torch
 
 from model import GPT
-from system.devices import PRECISIONS, compile_model, product_format, sum_of_rates
+from system.devices import PRECISIONS, compile_model, matmul_dtype, total_matmul_rate
 from system.distributed import World
 from text.rows import RowSource, load_examples, parse_row_source
 from training.arguments import (
@@ -38,7 +38,7 @@ from training.lora import add_lora, check_rank
 from training.optimizers import Optimizers, Schedule
 from training.outputs import check_outputs, outputs_by_flag, written_by
 from training.report import conclude_fine_tuning, describe_fine_tuning
-from training.resume import check_resumable, is_finished, restore, settle
+from training.resume import check_resumable, is_finished, prepare_resume, restore
 from training.run import Run
 from training.trainer import Trainer
 
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
         world = job.connect()
         writer = job.claim_outputs()
         keys = ("lora_args", "lora", "base", "base_test_loss")
-        settings, checkpoint = settle(job.settings, world, keys)
+        settings, checkpoint = prepare_resume(job.settings, world, keys)
         check_same_run(settings, checkpoint)
         if is_finished(settings, checkpoint):
             return 0
@@ -90,7 +90,8 @@ def main(argv: list[str] | None = None) -> int:
         if base_loss is None:
             base_loss = test_base(trainer, data)
 
-        with Run(settings, trainer, data, writer, record(settings, data, base, base_loss)) as run:
+        metadata = checkpoint_metadata(settings, data, base, base_loss)
+        with Run(settings, trainer, data, writer, metadata) as run:
             for epoch in run.epochs():
                 for batches in run.updates(epoch):
                     trainer.update(batches)
@@ -159,13 +160,13 @@ def build_trainer(settings: Settings, model: GPT, data: InstructionData, world: 
     return Trainer(
         model,
         network,
-        Optimizers(model, settings.optimizer, 0.0, world, product_format(settings.precision)),
+        Optimizers(model, settings.optimizer, 0.0, world, matmul_dtype(settings.precision)),
         schedule,
         world,
         settings.precision,
         settings.seed,
         settings.max_gradient_norm,
-        peak_rate=sum_of_rates(world, settings.precision),
+        peak_rate=total_matmul_rate(world, settings.precision),
         trained="lora",
     )
 
@@ -176,7 +177,9 @@ def test_base(trainer: Trainer, data: InstructionData) -> float:
         return data.mean_loss(trainer.test(data))
 
 
-def record(settings: Settings, data: InstructionData, base: str, base_loss: float) -> dict:
+def checkpoint_metadata(
+    settings: Settings, data: InstructionData, base: str, base_loss: float
+) -> dict:
     """Return what a checkpoint holds beside the state of the trainer."""
     return {
         "lora_args": settings.select(("rank", "alpha")),

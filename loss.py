@@ -91,7 +91,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         # fp16 has few digits left below 6e-5: there g is divided and not z.
         is_normalized = dtype == torch.float16
         # One buffer for all chunks: fresh memory is paid for in page faults.
-        chunk_size = size_of_chunk(z_low)
+        chunk_size = choose_chunk_size(z_low)
         buffer = z_low.new_empty(chunk_size, len(weight))
         for start in range(0, len(z), chunk_size):
             rows = slice(start, start + chunk_size)
@@ -137,7 +137,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         return dz, dweight, None, None, None, None, None
 
 
-def size_of_chunk(z: Tensor) -> int:
+def choose_chunk_size(z: Tensor) -> int:
     """Return how many of the states (N, D) to project at a time.
 
     On a CPU 128 rows of 50,304 logits in float32 stay in the outer cache, but products are faster
@@ -157,7 +157,7 @@ def output_memory(weight: Tensor, num_positions: int, dtype: torch.dtype) -> tup
     """
     gradient = 4 * weight.numel()
     states = weight.new_empty(num_positions, weight.size(1), dtype=dtype)
-    logits = size_of_chunk(states) * len(weight) * dtype.itemsize
+    logits = choose_chunk_size(states) * len(weight) * dtype.itemsize
     # Of the weights, and of what a chunk adds to their gradient.
     copies = 0 if dtype == torch.float32 else 2 * weight.numel() * dtype.itemsize
     return gradient, logits + copies

@@ -76,13 +76,13 @@ class GPT(nn.Module):
         Raises:
             ValueError: when T exceeds block_size.
         """
-        z = self.encode(x)  # (B, T, D)
+        z = self.hidden_states(x)  # (B, T, D)
         if y is None:
             return self.project(z)
 
         return self.output_loss(z, self.token_embeddings.weight, y, self.vocabulary_size)
 
-    def encode(self, x: Tensor, cache: "Cache | None" = None) -> Tensor:
+    def hidden_states(self, x: Tensor, cache: "Cache | None" = None) -> Tensor:
         """Turn token ids (B, T) into the states that the output layer reads, (B, T, D).
 
         Args:
@@ -270,9 +270,9 @@ class MLP(nn.Module):
         self.output = Linear(4 * embedding_dimensions, embedding_dimensions, bias=bias)
 
     def forward(self, z: Tensor) -> Tensor:
-        return recompute(self.narrow, self.hidden(z))
+        return recompute(self.gelu_and_project, self.hidden(z))
 
-    def narrow(self, z: Tensor) -> Tensor:
+    def gelu_and_project(self, z: Tensor) -> Tensor:
         return self.output(gelu(z))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from data import Corpus, Sources, open_corpus, open_datasets, parse_sources
 from model import GPT, check_sizes
-from system.devices import compile_model, product_format, sum_of_rates
+from system.devices import compile_model, matmul_dtype, total_matmul_rate
 from system.distributed import World
 from training.arguments import (
     Parser,
@@ -35,11 +35,11 @@ from training.arguments import (
     positive_int,
 )
 from training.evaluation import report_losses
-from training.initial import begin_with, read_model
+from training.initial import load_initial_weights, read_model
 from training.launch import Launch
 from training.optimizers import Optimizers, step_factors
 from training.outputs import check_outputs, outputs_by_flag
-from training.planning import estimate
+from training.planning import dry_run
 from training.recipe import build_schedule, model_args, num_updates, samples_per_update
 from training.report import (
     conclude_pre_training,
@@ -47,7 +47,7 @@ from training.report import (
     describe_model,
     describe_pre_training,
 )
-from training.resume import check_resumable, choose_precision, is_finished, restore, settle
+from training.resume import check_resumable, choose_precision, is_finished, prepare_resume, restore
 from training.run import Run
 from training.trainer import Trainer, load_weights
 
@@ -106,8 +106,8 @@ def main(argv: list[str] | None = None) -> int:
             return 0
 
         writer = None if job.settings.dry_run else job.claim_outputs()
-        settings, checkpoint = settle(job.settings, world, ("model_args", "model"))
-        settings, weights = begin_with(settings, checkpoint)
+        settings, checkpoint = prepare_resume(job.settings, world, ("model_args", "model"))
+        settings, weights = load_initial_weights(settings, checkpoint)
         check_same_run(settings, checkpoint)
         if is_finished(settings, checkpoint):
             return 0
@@ -120,10 +120,11 @@ def main(argv: list[str] | None = None) -> int:
         compiled = compile_model(trainer.model, world.device, settings.compile)
         describe_pre_training(settings, trainer, corpus, compiled)
         if writer is None:
-            estimate(settings, trainer, corpus, job.libraries, job.settings.precision == "auto")
+            dry_run(settings, trainer, corpus, job.libraries, job.settings.precision == "auto")
             return 0
 
-        with Run(settings, trainer, corpus, writer, record(settings, corpus)) as run:
+        metadata = checkpoint_metadata(settings, corpus)
+        with Run(settings, trainer, corpus, writer, metadata) as run:
             for epoch in run.epochs():
                 for batches in run.updates(epoch):
                     trainer.update(batches)
@@ -157,7 +158,7 @@ def build_trainer(settings: Settings, weights: dict[str, Tensor], world: World) 
             settings.optimizer,
             settings.weight_decay,
             world,
-            product_format(settings.precision),
+            matmul_dtype(settings.precision),
             step_factors(settings.embedding_dimensions, num_updates(settings)),
         ),
         build_schedule(settings),
@@ -165,7 +166,7 @@ def build_trainer(settings: Settings, weights: dict[str, Tensor], world: World) 
         settings.precision,
         settings.seed,
         settings.max_gradient_norm,
-        peak_rate=sum_of_rates(world, settings.precision),
+        peak_rate=total_matmul_rate(world, settings.precision),
     )
     if weights:
         load_weights(trainer.trained_weights(), weights)
@@ -173,7 +174,7 @@ def build_trainer(settings: Settings, weights: dict[str, Tensor], world: World) 
     return trainer
 
 
-def record(settings: Settings, corpus: Corpus) -> dict:
+def checkpoint_metadata(settings: Settings, corpus: Corpus) -> dict:
     """Return what a checkpoint holds beside the state of the trainer."""
     return {
         "model_args": model_args(settings),

@@ -56,7 +56,7 @@ class Decoder:
         self.text = torch.cat([self.text, x], dim=1)
         if self.text.size(1) > block_size:
             self.text = self.text[:, -block_size:]
-            return self.predict(self.model.encode(self.text))
+            return self.predict(self.model.hidden_states(self.text))
 
         if self.use_graphs and first:
             return self.replay(x, first)
@@ -64,7 +64,7 @@ class Decoder:
         self.cache.positions = torch.arange(first, self.text.size(1), device=self.device)
         self.cache.num_visible = self.text.size(1)
         self.cache.mask = None
-        return self.predict(self.model.encode(x, self.cache))
+        return self.predict(self.model.hidden_states(x, self.cache))
 
     def predict(self, z: Tensor) -> Tensor:
         """Turn states (B, T, D) into the logits behind the last one, float32 (B, V)."""
@@ -103,7 +103,7 @@ class Decoder:
         self.cache.positions = self.position
         self.cache.num_visible = num_visible
         self.cache.mask = (places <= self.position)[None]  # (1, S)
-        return self.predict(self.model.encode(self.token, self.cache))
+        return self.predict(self.model.hidden_states(self.token, self.cache))
 
 
 def generate(

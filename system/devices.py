@@ -81,7 +81,7 @@ def synchronize(device: torch.device) -> None:
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def product_format(precision: str) -> torch.dtype:
+def matmul_dtype(precision: str) -> torch.dtype:
     """Return the format for the matrix products of an optimizer: fp16 has no room for them."""
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
@@ -120,7 +120,7 @@ def matmul_rate(device: torch.device, precision: str) -> float:
     return 2 * size**3 / min(seconds)
 
 
-def sum_of_rates(world: World, precision: str) -> float:
+def total_matmul_rate(world: World, precision: str) -> float:
     """Return the operations a second of all devices together."""
     return world.sum(int(matmul_rate(world.device, precision)))[0]
 

@@ -171,17 +171,17 @@ class World:
         self.wait_until(answer)
         return word
 
-    def is_started_again(self) -> bool:
+    def is_restarted(self) -> bool:
         """Tell whether the run had begun when torchrun started it again; all have to ask.
 
         Machines count restarts for themselves: what they share says that it had.
         """
         if self.size > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            return bool(self.from_first(self.is_first and self.base.check(["begun"])))
+            return bool(self.broadcast(self.is_first and self.base.check(["begun"])))
 
         return self.max(self.num_restarts) > 0
 
-    def note_beginning(self) -> None:
+    def mark_started(self) -> None:
         """Remember over restarts that what lies at the paths of this run is its own."""
         if self.size > 1 and self.is_first:
             self.base.set("begun", "")
@@ -199,13 +199,13 @@ class World:
 
     def max(self, number: int) -> int:
         """Return the greatest of the numbers that the processes give."""
-        return self.exchange([number], dist.ReduceOp.MAX)[0]
+        return self.reduce_numbers([number], dist.ReduceOp.MAX)[0]
 
     def sum(self, *numbers: int) -> list[int]:
         """Return the sum over the processes of every number that they give."""
-        return self.exchange(numbers, dist.ReduceOp.SUM)
+        return self.reduce_numbers(numbers, dist.ReduceOp.SUM)
 
-    def from_first(self, number: int) -> int:
+    def broadcast(self, number: int) -> int:
         """Return the number that the first process gives."""
         return self.sum(number if self.is_first else 0)[0]
 
@@ -218,7 +218,7 @@ class World:
                 " the same files."
             )
 
-    def exchange(self, numbers: Iterable[int], operation) -> list[int]:
+    def reduce_numbers(self, numbers: Iterable[int], operation) -> list[int]:
         """Reduce numbers over all processes; give in when one does not answer in time."""
         tensor = torch.tensor(list(numbers), dtype=torch.int64)
         if self.size > 1:
@@ -243,13 +243,13 @@ class World:
     def one_per_machine_first(self) -> Iterator[None]:
         """Let the first process of every machine pass, however long it takes; then the others."""
         if self.local_rank:
-            self.wait_for_all()
+            self.barrier()
 
         yield
         if not self.local_rank:
-            self.wait_for_all()
+            self.barrier()
 
-    def wait_for_all(self) -> None:
+    def barrier(self) -> None:
         if self.size > 1:
             work = dist.barrier(group=self.control, async_op=True)
             self.wait_until(work.is_completed, NO_TIMEOUT)
@@ -257,7 +257,7 @@ class World:
 
     # --- Who does what ---
 
-    def share(self, items: Iterable[T]) -> Iterator[tuple[T, bool]]:
+    def shard(self, items: Iterable[T]) -> Iterator[tuple[T, bool]]:
         """Yield every W-th item, and whether it is this process's own.
 
         All processes get as many: where nothing is left for one, it gets another's.
@@ -308,7 +308,7 @@ class World:
 
         return network.no_sync()
 
-    def reduce(self, tensor: Tensor) -> Tensor:
+    def all_reduce(self, tensor: Tensor) -> Tensor:
         """Add up a tensor over all processes, in place."""
         if self.size > 1:
             dist.all_reduce(tensor)

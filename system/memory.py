@@ -47,7 +47,7 @@ def library_memory(device: torch.device) -> int:
     return total - free - torch.cuda.memory_reserved(device)
 
 
-def whole_memory(device: torch.device) -> float:
+def total_memory(device: torch.device) -> float:
     """Return the bytes that this process could have in all; infinite where nobody knows."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]

@@ -223,7 +223,7 @@ def test_second_signal_leaves_at_once(small, tmp_path):
     ("place", "position"),
     [
         ("trainer.Trainer.evaluate", 6),
-        ("trainer.Trainer.warm_up", 0),
+        ("trainer.Trainer.fix_bucket_order", 0),
         ("trainer.Trainer.state_dict", 3),
         ("trainer.Trainer.finish_epoch", 3),
     ],

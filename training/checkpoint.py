@@ -139,7 +139,7 @@ def claimed(path: Path, flag: str) -> Iterator[Lock]:
         CheckpointError: when it cannot be written, or another process is writing it.
     """
     with contextlib.ExitStack() as stack:
-        with reported_errors(path):
+        with convert_write_errors(path):
             if path.is_dir():
                 raise IsADirectoryError(errno.EISDIR, "Is a directory")
 
@@ -179,7 +179,7 @@ def lock_output(path: Path, flag: str) -> Lock:
 
 
 @contextlib.contextmanager
-def reported_errors(path: Path) -> Iterator[None]:
+def convert_write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -199,9 +199,9 @@ def save_checkpoint(path: Path, state: dict, is_best: bool = False) -> None:
     """
     try:
         with replaced(path) as file, ThreadPoolExecutor(max_workers=1) as executor:
-            write_archive(summed := SummedFile(file, executor), state)
+            write_archive(summed := ChecksumFile(file, executor), state)
             file.seek(-len(NO_COMMENT), os.SEEK_END)
-            file.write(comment_of(summed.checksum))
+            file.write(checksum_comment(summed.checksum))
             sync(file)
 
             # In this order a kill between two moves leaves nothing that the run will not write
@@ -218,7 +218,7 @@ def save_checkpoint(path: Path, state: dict, is_best: bool = False) -> None:
         ) from error
 
 
-class SummedFile:
+class ChecksumFile:
     """A file that is written from its beginning to its end, and the CRC-32 of that.
 
     Args:
@@ -240,13 +240,13 @@ class SummedFile:
         self.file.flush()
 
 
-def comment_of(checksum: int) -> bytes:
+def checksum_comment(checksum: int) -> bytes:
     """Return the comment of a zip archive that holds its checksum, behind its length."""
     comment = f"crc32:{checksum:08x}".encode()
     return struct.pack("<H", len(comment)) + comment
 
 
-def write_archive(file: SummedFile, state: dict) -> None:
+def write_archive(file: ChecksumFile, state: dict) -> None:
     """Write a state as torch.save does, and raise OSError where that hides one."""
     try:
         torch.save(state, file)  # type: ignore[arg-type]
@@ -345,14 +345,14 @@ def verify_checksum(path: Path) -> None:
         if magic and magic != ZIP_MAGIC[: len(magic)]:
             raise CheckpointError(f"{path} is not a checkpoint.{hint}")
 
-        remaining = max(0, size - len(comment_of(0)))
+        remaining = max(0, size - len(checksum_comment(0)))
         checksum = 0
         file.seek(0)
         while chunk := file.read(min(1 << 24, remaining)):
             checksum = zlib.crc32(chunk, checksum)
             remaining -= len(chunk)
 
-        if file.read() != comment_of(zlib.crc32(NO_COMMENT, checksum)):
+        if file.read() != checksum_comment(zlib.crc32(NO_COMMENT, checksum)):
             raise CheckpointError(f"{path} is damaged, or not of this project.{hint}")
 
 

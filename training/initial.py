@@ -12,7 +12,9 @@ from training.checkpoint import MODEL_KEYS, CheckpointError, build_model, load_c
 SIZES = ("block_size", "embedding_dimensions", "num_attention_heads", "num_hidden_layers")
 
 
-def begin_with(settings: Settings, checkpoint: dict) -> tuple[Settings, dict[str, Tensor]]:
+def load_initial_weights(
+    settings: Settings, checkpoint: dict
+) -> tuple[Settings, dict[str, Tensor]]:
     """Settle the sizes of the model; with --initial_checkpoint those not given are its own.
 
     Args:

@@ -68,7 +68,7 @@ class InstructionData:
         """The updates of an epoch; the last one has the batches that are left."""
         return math.ceil(self.batches_per_epoch / self.batches_per_update)
 
-    def numbers(self, update: int) -> range:
+    def batch_numbers(self, update: int) -> range:
         epoch, update = divmod(update, self.updates_per_epoch)
         first = update * self.batches_per_update
         last = min(first + self.batches_per_update, self.batches_per_epoch)

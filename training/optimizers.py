@@ -37,9 +37,9 @@ class Optimizers:
         kinds = weights_by_kind(model)
 
         self.parts: list[Optimizer] = []
-        self.is_shared = world.size > 1 and not world.has_sharded_weights
+        self.uses_zero = world.size > 1 and not world.has_sharded_weights
         if world.size > 1:
-            from training.sharding import ShardedMuon, SharedOptimizer
+            from training.sharding import ShardedMuon, ZeroOptimizer
 
         betas = (0.9, 0.95)
         decays = dict.fromkeys(kinds, 0.0)
@@ -50,14 +50,14 @@ class Optimizers:
             betas = (0.8, 0.99)
             groups = [
                 {"params": matrices, "weight_decay": weight_decay, "factor": factors.get(kind, 1.0)}
-                for kind, matrices in by_direction(model, kinds.pop("hidden")).items()
+                for kind, matrices in split_hidden(model, kinds.pop("hidden")).items()
                 if matrices
             ]
             if world.has_sharded_weights:
                 self.parts.append(ShardedMuon(groups, dtype, world))
-            elif self.is_shared:
+            elif self.uses_zero:
                 muon = functools.partial(Muon, dtype=dtype)
-                self.parts.append(SharedOptimizer(groups, muon, is_elementwise=False))
+                self.parts.append(ZeroOptimizer(groups, muon, is_elementwise=False))
             else:
                 self.parts.append(Muon(groups, dtype))
         else:
@@ -69,14 +69,14 @@ class Optimizers:
         ]
         options: dict = {"betas": betas, "fused": world.device.type in ("cpu", "cuda")}
         if groups := [group for group in groups if group["params"]]:
-            if self.is_shared:
-                self.parts.append(SharedOptimizer(groups, AdamW, is_elementwise=True, **options))
+            if self.uses_zero:
+                self.parts.append(ZeroOptimizer(groups, AdamW, is_elementwise=True, **options))
             else:
                 self.parts.append(AdamW(groups, **options))
 
     def unscale(self, scaler: torch.amp.GradScaler) -> None:
         for part in self.parts:
-            if self.is_shared:
+            if self.uses_zero:
                 part.take_gradients()  # type: ignore[attr-defined]
 
             scaler.unscale_(part)
@@ -181,7 +181,7 @@ def weights_by_kind(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     return kinds
 
 
-def by_direction(model: nn.Module, matrices: Iterable[Tensor]) -> dict[str, list[Tensor]]:
+def split_hidden(model: nn.Module, matrices: Iterable[Tensor]) -> dict[str, list[Tensor]]:
     """Divide hidden matrices into those that write to the residual stream and the others."""
     writers = {id(w) for name, w in model.named_parameters() if name.endswith("output.weight")}
     kinds: dict[str, list[Tensor]] = {"hidden": [], "residual": []}

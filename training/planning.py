@@ -15,11 +15,11 @@ from loss import output_memory
 from model import GPT
 from system.devices import PRECISIONS, autocast, matmul_rate, synchronize
 from system.distributed import own_part, unshard
-from system.memory import library_memory, num_bytes, peak_memory, whole_memory
+from system.memory import library_memory, num_bytes, peak_memory, total_memory
 from training.arguments import Settings
 from training.checkpoint import can_copy, copy_to_cpu
 from training.recipe import num_updates, tokens_per_update
-from training.run import load_update
+from training.run import load_micro_batches
 from training.trainer import MicroBatches, Trainer
 
 # Updates are timed for so many seconds, or once.
@@ -73,7 +73,7 @@ def make_plan(trainer: Trainer, data: TrainingData, libraries: int) -> Plan:
         Interrupted: when a signal has come.
     """
     device, model = trainer.device, trainer.model
-    micro_batches = load_update(data, trainer.step, trainer.world)
+    micro_batches = load_micro_batches(data, trainer.step, trainer.world)
     test_batch = next(iter(data.test_batches()[data.sources[0]]))
     with trainer.stoppable():
         start = seconds_of(device, trainer.take_step, micro_batches[:1])
@@ -90,7 +90,7 @@ def make_plan(trainer: Trainer, data: TrainingData, libraries: int) -> Plan:
         model.token_embeddings.weight, micro_batches[0][1].numel(), PRECISIONS[trainer.precision]
     )
     kept = kept_memory(trainer, micro_batches[0])
-    available = whole_memory(device)
+    available = total_memory(device)
     if device.type == "cuda":
         libraries = library_memory(device)
         peak += libraries
@@ -198,7 +198,7 @@ def count_parameters(model: GPT) -> dict[str, int]:
     return {**parts, "normalisation": model.num_parameters - sum(parts.values())}
 
 
-def estimate(
+def dry_run(
     settings: Settings, trainer: Trainer, corpus: Corpus, libraries: int, is_chosen: bool
 ) -> None:
     """Take a few updates, and print what the whole run would take: --dry_run.
@@ -212,7 +212,7 @@ def estimate(
     epochs = range(len(trainer.metrics) + 1, settings.num_epochs + 1)
     is_last = settings.num_epochs
     num_tests = sum(e % settings.eval_interval == 0 or e == is_last for e in epochs)
-    num_batches = sum(math.ceil(len(t) / settings.batch_size) for t in corpus.tests.values())
+    num_batches = sum(math.ceil(len(t) / settings.batch_size) for t in corpus.test_windows.values())
 
     describe_plan(
         plan,

@@ -28,7 +28,9 @@ SHARED_KEYS = (
 )
 
 
-def settle(settings: Settings, world: World, keys: tuple[str, ...]) -> tuple[Settings, dict]:
+def prepare_resume(
+    settings: Settings, world: World, keys: tuple[str, ...]
+) -> tuple[Settings, dict]:
     """Read the checkpoint to resume from, and settle the choices that are open.
 
     Args:
@@ -43,8 +45,8 @@ def settle(settings: Settings, world: World, keys: tuple[str, ...]) -> tuple[Set
     path = Path(settings.checkpoint_path)
     # A dry run writes nothing, so what lies there is never its own.
     is_writer = not getattr(settings, "dry_run", False)
-    if is_writer and not settings.resume and world.is_started_again():
-        settings = settings.replace(resume=bool(world.from_first(path.exists())))
+    if is_writer and not settings.resume and world.is_restarted():
+        settings = settings.replace(resume=bool(world.broadcast(path.exists())))
 
     checkpoint = {}
     if settings.resume:
@@ -62,14 +64,14 @@ def settle(settings: Settings, world: World, keys: tuple[str, ...]) -> tuple[Set
 
 
 def draw_seed(world: World) -> int:
-    return world.from_first(secrets.randbelow(2**31))
+    return world.broadcast(secrets.randbelow(2**31))
 
 
 def choose_precision(world: World) -> str:
     """Return what is fast on the device of the first process, for all."""
     names = list(PRECISIONS)
     number = names.index(resolve_precision(world.device)) if world.is_first else 0
-    return names[world.from_first(number)]
+    return names[world.broadcast(number)]
 
 
 def check_resumable(

@@ -1,6 +1,6 @@
 """A run under way: its epochs and updates, its tests, and what it saves and when.
 
-    with Run(settings, trainer, data, writer, record) as run:
+    with Run(settings, trainer, data, writer, metadata) as run:
         for epoch in run.epochs():
             for batches in run.updates(epoch):
                 trainer.update(batches)
@@ -36,7 +36,7 @@ class Run:
 
     Args:
         writer: of its checkpoints.
-        record: what a checkpoint holds beside the state of the trainer.
+        metadata: what a checkpoint holds beside the state of the trainer.
 
     Raises:
         Interrupted: on leaving, when a signal has come; all updates are saved.
@@ -50,15 +50,15 @@ class Run:
         trainer: Trainer,
         data: TrainingData,
         writer: CheckpointWriter,
-        record: dict,
+        metadata: dict,
     ):
         self.settings = settings
         self.trainer = trainer
         self.data = data
         self.writer = writer
-        self.record = record
+        self.metadata = metadata
         self.flops_per_token = trainer.model.flops_per_token(data.mean_length)
-        self.context = self.guarded()
+        self.context = self.save_on_exit()
         # Of the first process, once it trains.
         self.metrics: MetricsFile | None = None
 
@@ -79,16 +79,16 @@ class Run:
         return self.context.__exit__(kind, error, trace)
 
     @contextlib.contextmanager
-    def guarded(self) -> Iterator[None]:
+    def save_on_exit(self) -> Iterator[None]:
         """Save what there is when the run ends early."""
         self.set_earlier_run_aside()
-        self.world.note_beginning()
+        self.world.mark_started()
         with self.trainer.stoppable():
             try:
                 yield
             except Interrupted:
                 self.save()
-                self.leave()
+                self.close()
                 print(
                     f"Stopped after update {self.trainer.step}; saved as {self.writer.path}."
                     " --resume goes on there."
@@ -96,7 +96,7 @@ class Run:
                 raise
             except TrainingError:
                 self.save()
-                self.leave()
+                self.close()
                 raise
             except Exception as error:
                 if not is_out_of_memory(error):
@@ -104,7 +104,7 @@ class Run:
 
                 raise TrainingError(self.advise_on_memory()) from None
 
-            self.leave()
+            self.close()
 
     def set_earlier_run_aside(self) -> None:
         table = Path(self.settings.metrics_path)
@@ -182,16 +182,16 @@ class Run:
         state = {
             "format_version": FORMAT_VERSION,
             "encoding": ENCODING,
-            **self.record,
+            **self.metadata,
             **unshard(self.trainer.state_dict()),
         }
         if self.world.is_first:
             self.writer.save(state, is_best)
 
         # However long the one before takes, nobody counts as lost meanwhile.
-        self.world.wait_for_all()
+        self.world.barrier()
 
-    def leave(self) -> None:
+    def close(self) -> None:
         """Return when all that there is to keep is on the disk; leave the other processes."""
         if self.world.is_first:
             self.writer.wait()
@@ -199,7 +199,7 @@ class Run:
         if self.metrics:
             self.metrics.draw()
 
-        self.world.wait_for_all()
+        self.world.barrier()
         # While signals wait: whoever ended of one now would count as lost to the others.
         self.world.disconnect()
 
@@ -219,7 +219,7 @@ def prefetch(data: TrainingData, updates: Iterable[int], world: World) -> Iterat
     with ThreadPoolExecutor(max_workers=1) as pool:
         pending: Future | None = None
         for number in updates:
-            upcoming = pool.submit(load_update, data, number, world)
+            upcoming = pool.submit(load_micro_batches, data, number, world)
             if pending is not None:
                 yield pending.result()
 
@@ -229,13 +229,13 @@ def prefetch(data: TrainingData, updates: Iterable[int], world: World) -> Iterat
             yield pending.result()
 
 
-def load_update(data: TrainingData, update: int, world: World) -> MicroBatches:
+def load_micro_batches(data: TrainingData, update: int, world: World) -> MicroBatches:
     """Load those micro-batches of an update that are this process's part of it.
 
     All processes get as many; what only fills up has no targets.
     """
     batches = []
-    for number, is_own in world.share(data.numbers(update)):
+    for number, is_own in world.shard(data.batch_numbers(update)):
         x, y = data.batch(number)
         y = y if is_own else torch.full_like(y, -1)
         if world.device.type == "cuda":

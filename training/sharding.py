@@ -16,7 +16,7 @@ from system.distributed import World, shard_like
 from training.muon import Muon
 
 
-class SharedOptimizer(ZeroRedundancyOptimizer):
+class ZeroOptimizer(ZeroRedundancyOptimizer):
     """An optimizer of which every process steps some weights, and has the state of these alone.
 
     What treats each element alone gets large weights in blocks of rows, as weights of their own:

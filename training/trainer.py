@@ -82,7 +82,7 @@ class Trainer:
 
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.stop = StopSignal()
-        self.has_warmed_up = False
+        self.has_bucket_order = False
         self.last_loss = math.nan
 
     @property
@@ -99,8 +99,8 @@ class Trainer:
             TrainingError: when the loss or the gradient is not finite; the weights are as before.
         """
         self.model.train()
-        if not self.has_warmed_up:
-            self.warm_up(batches)
+        if not self.has_bucket_order:
+            self.fix_bucket_order(batches)
 
         loss, norm = self.take_step(batches)
         self.last_loss = loss
@@ -108,7 +108,7 @@ class Trainer:
         self.norm_sum += norm if math.isfinite(norm) else 0.0
         self.num_steps += 1
 
-    def warm_up(self, batches: MicroBatches) -> None:
+    def fix_bucket_order(self, batches: MicroBatches) -> None:
         """Send gradients of zero once between the processes.
 
         The order in which the first gradients come decides the buckets of the later ones. Without
@@ -123,7 +123,7 @@ class Trainer:
             loss.backward()
             self.optimizers.zero_grad()
 
-        self.has_warmed_up = True
+        self.has_bucket_order = True
 
     def take_step(self, batches: MicroBatches) -> tuple[float, float]:
         """Update the weights once from all micro-batches; return loss and gradient norm."""
@@ -176,7 +176,7 @@ class Trainer:
 
             total += loss.detach()
 
-        return self.world.reduce(total / self.world.size), num_tokens
+        return self.world.all_reduce(total / self.world.size), num_tokens
 
     def check_finite(self, loss: float, norm: float) -> None:
         """Raise TrainingError unless loss and gradient may reach the optimizers."""
@@ -231,7 +231,7 @@ class Trainer:
         """
         self.model.eval()
         total, num_targets = torch.zeros((), device=self.device), 0
-        for (x, y), is_own in self.progress(self.world.share(batches), "Testing", "batch"):
+        for (x, y), is_own in self.progress(self.world.shard(batches), "Testing", "batch"):
             self.check_signals()
             count = int((y >= 0).sum()) if is_own else 0
             x, y = x.to(self.device), y.to(self.device)
@@ -242,7 +242,7 @@ class Trainer:
 
             num_targets += count
 
-        return self.world.reduce(total).item() / self.world.sum(num_targets)[0]
+        return self.world.all_reduce(total).item() / self.world.sum(num_targets)[0]
 
     def progress(self, items: Iterable, description: str, unit: str) -> tqdm:
         """Return a progress bar; a log, in which every redrawn bar would stay, gets none."""
