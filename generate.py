@@ -213,7 +213,7 @@ def read_piped_prompt() -> str:
     content = sys.stdin.buffer.read().removesuffix(b"\n")
     prompt = content.decode("utf-8", errors="replace")
     if prompt.encode() != content:
-        note("The prompt is not all UTF-8; what is not becomes \N{REPLACEMENT CHARACTER}.")
+        note("The prompt is not valid UTF-8; invalid bytes become \N{REPLACEMENT CHARACTER}.")
 
     return prompt
 

@@ -317,7 +317,7 @@ def check_modes(settings: Settings) -> None:
     """Raise UsageError where flags name two things to do, or a file to be read and written over."""
     modes = [f"--{n}" for n in ("eval_only", "dry_run", "resume") if getattr(settings, n)]
     if "eval_split" in settings.given and not settings.eval_only:
-        raise UsageError("--eval_split: it says what --eval_only reads, which is not given")
+        raise UsageError("--eval_split needs --eval_only")
 
     if settings.eval_only and len(modes) > 1:
         raise UsageError(f"{' and '.join(modes)}: give one of them")
@@ -329,7 +329,7 @@ def check_modes(settings: Settings) -> None:
         for flag, files in outputs_by_flag(settings).items():
             if Path(settings.initial_checkpoint).resolve() in files:
                 raise UsageError(
-                    f"--initial_checkpoint: {settings.initial_checkpoint} would be written over;"
+                    f"--initial_checkpoint: {settings.initial_checkpoint} would be overwritten;"
                     f" choose another --{flag} for the new run"
                 )
 

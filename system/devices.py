@@ -57,8 +57,8 @@ def own_device(device: torch.device, world: World) -> torch.device:
 
     if device.type == "mps" or device.index is not None:
         raise ValueError(
-            f"--device={device} given with {world.size} processes: each has a GPU of its own by"
-            " --device=cuda, or its share of the cores by --device=cpu"
+            f"--device={device} given with {world.size} processes: --device=cuda gives"
+            " each process its own GPU, --device=cpu its share of the cores"
         )
 
     if world.local_size > torch.cuda.device_count():

@@ -90,7 +90,9 @@ class World:
 
         if not is_valid:
             text = ", ".join(f"{name}={value}" for name, value in given.items())
-            raise ProcessError(f"{text} is no place among processes; start them with torchrun.")
+            raise ProcessError(
+                f"{text} is not a valid rank layout; start the processes with torchrun."
+            )
 
         num_restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
         return cls(rank, size, local_rank, local_size, num_restarts)

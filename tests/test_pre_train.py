@@ -351,7 +351,7 @@ def test_epoch_of_no_whole_number_of_updates(pre_train, small, folders, capsys):
     pre_train.main(small(out=left))
     pre_train.main(small("--samples_per_epoch=15", out=right))
 
-    assert "an epoch holds whole updates alone" in capsys.readouterr().out
+    assert "an epoch holds whole updates only" in capsys.readouterr().out
     assert_same_run(left / "checkpoint.pt", right / "checkpoint.pt")
 
 

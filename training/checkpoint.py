@@ -167,8 +167,8 @@ def lock_output(path: Path, flag: str) -> Lock:
     """
 
     def report(holder: str) -> None:
-        silence = f"{PATIENCE:.0f} s of silence"
-        print(f"Wait:   {path} is locked by {holder}; taken over after {silence}", flush=True)
+        limit = f"{PATIENCE:.0f} s without a heartbeat"
+        print(f"Wait:   {path} is locked by {holder}; taking over after {limit}", flush=True)
 
     try:
         return Lock(lock_path(path), wait=False, on_wait=report)
@@ -214,7 +214,7 @@ def save_checkpoint(path: Path, state: dict, is_best: bool = False) -> None:
     except OSError as error:
         raise CheckpointError(
             f"{path} could not be saved: {error.strerror}. Earlier checkpoints are untouched;"
-            " make room, then go on with --resume."
+            " free some space, then continue with --resume."
         ) from error
 
 
@@ -320,7 +320,9 @@ def load_checkpoint(path: Path, required: Iterable[str], is_mapped: bool = False
         )
 
     if missing := [key for key in required if key not in state]:
-        raise CheckpointError(f"{path} is of no use here: it has no {', '.join(missing)}.")
+        raise CheckpointError(
+            f"{path} is another kind of checkpoint: it has no {', '.join(missing)}."
+        )
 
     if "model" in state:
         state["model"] = {plain_name(name): weight for name, weight in state["model"].items()}
@@ -376,7 +378,7 @@ def build_model(state: dict, path: Path) -> GPT:
         model.load_state_dict(state["model"], assign=True)
     except (TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(
-            f"{path} makes no model: {' '.join(str(error).split())[:200]}"
+            f"{path} does not describe a valid model: {' '.join(str(error).split())[:200]}"
         ) from error
 
     check_finite(state["model"], path)
@@ -420,7 +422,7 @@ def merge_adapter(model: GPT, path: Path, is_needed: bool) -> bool:
 
     state = load_checkpoint(path, LORA_KEYS)
     if not is_needed and state["base"] != fingerprint(model.state_dict()):
-        print(f"Note: {path} was trained on another base model; it is left out.", file=sys.stderr)
+        print(f"Note: {path} was trained on another base model; it is ignored.", file=sys.stderr)
         return False
 
     merge_lora_checkpoint(model, state, path)
@@ -448,6 +450,6 @@ def check_base(state: dict, base: str, path: Path) -> None:
     """Raise CheckpointError unless an adapter was trained on the base with this fingerprint."""
     if state["base"] != base:
         raise CheckpointError(
-            f"{path} was trained on another base model than this; give its checkpoint, or another"
+            f"{path} was trained on another base model than this; give that model's checkpoint, or another"
             " LoRA file."
         )

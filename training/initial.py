@@ -36,7 +36,7 @@ def load_initial_weights(
 
     if settings.initial_checkpoint:
         settings, model = read_model(settings, Path(settings.initial_checkpoint))
-        print(f"Begin:  with the weights of {settings.initial_checkpoint}")
+        print(f"Start:  from the weights of {settings.initial_checkpoint}")
         return settings, model.state_dict()
 
     return settings.replace(bias=False), {}

@@ -242,7 +242,7 @@ def describe_plan(
     """
     model, precision, device = trainer.model, trainer.precision, trainer.device
     parts = [f"{name} {count:,}" for name, count in count_parameters(model).items()]
-    reason = explain_precision(device) if is_chosen else "as --precision says"
+    reason = explain_precision(device) if is_chosen else "set by --precision"
 
     print(f"Parts:  {', '.join(parts)}")
     print(f"Chosen: {precision}, {reason}")
@@ -272,9 +272,9 @@ def explain_precision(device: torch.device) -> str:
 
     if device.type == "cpu":
         ratio = matmul_rate(device, "bf16") / matmul_rate(device, "fp32")
-        return f"as bf16 multiplies {ratio:.1f} times as fast as fp32 here (it takes 1.5)"
+        return f"since bf16 multiplies {ratio:.1f} times as fast as fp32 here (threshold: 1.5)"
 
-    return f"the safe one for {device.type}"
+    return f"the safe choice on {device.type}"
 
 
 def describe_memory(plan: Plan) -> str:

@@ -91,7 +91,7 @@ class Run:
                 self.close()
                 print(
                     f"Stopped after update {self.trainer.step}; saved as {self.writer.path}."
-                    " --resume goes on there."
+                    " --resume continues there."
                 )
                 raise
             except TrainingError:

@@ -188,7 +188,7 @@ class Trainer:
         self.model.zero_grad(set_to_none=True)
         raise TrainingError(
             f"Loss {loss} and gradient norm {norm} in epoch {len(self.metrics) + 1}, step"
-            f" {self.step}; the weights were not changed. Go on with --resume and a lower"
+            f" {self.step}; the weights were not changed. Continue with --resume and a lower"
             " --learning_rate, or with --precision=fp32."
         )
 
@@ -302,7 +302,7 @@ class Trainer:
         if self.world.max(not are_finite(self.model.parameters())):
             raise TrainingError(
                 f"A weight is not a finite number after update {self.step}; earlier checkpoints"
-                " are untouched. Go on with --resume and a lower --learning_rate."
+                " are untouched. Continue with --resume and a lower --learning_rate."
             )
 
         return {

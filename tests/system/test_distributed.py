@@ -81,7 +81,7 @@ def test_malformed_environment_is_refused(monkeypatch, small, error_of, environm
 
     status, line = error_of(small())
     assert status == 1
-    assert "is no place among processes; start them with torchrun" in line
+    assert "is not a valid rank layout; start the processes with torchrun" in line
 
 
 def test_place_is_read_from_the_environment(monkeypatch):
@@ -323,7 +323,7 @@ def test_batches_that_do_not_divide_are_told(run):
     group = run(3, "--num_epochs=1")
     finished(group)
 
-    assert "4 batches are no multiple of 3 processes; some wait" in group.output()
+    assert "4 batches are not a multiple of 3 processes; some wait" in group.output()
 
     group = run(2, "--num_epochs=1")
     finished(group)
