@@ -1,4 +1,4 @@
-"""Generate text token by token.
+"""Generates tokens one by one, with the key-value cache or as a CUDA graph.
 
 Axes of the tensors: B batch, T tokens, S tokens in the cache, D embedding_dimensions, V vocabulary.
 """
@@ -15,7 +15,7 @@ from model import GPT
 
 
 class Decoder:
-    """Reads tokens, and predicts what follows each reading.
+    """Reads tokens, and predicts the next one after each reading.
 
     While a text fits the context, only new tokens are computed. Beyond it the context slides: every
     token has another position then, so the last block_size tokens are computed anew for each.

@@ -1,4 +1,4 @@
-"""The model that a run begins with: of the flags, of another checkpoint, or of its own."""
+"""Chooses the sizes and the first weights of a model: from flags, or from a checkpoint."""
 
 from pathlib import Path
 
@@ -15,10 +15,10 @@ SIZES = ("block_size", "embedding_dimensions", "num_attention_heads", "num_hidde
 def load_initial_weights(
     settings: Settings, checkpoint: dict
 ) -> tuple[Settings, dict[str, Tensor]]:
-    """Settle the sizes of the model; with --initial_checkpoint those not given are its own.
+    """Choose the sizes of the model, and read the weights of --initial_checkpoint if it is given.
 
     Args:
-        checkpoint: what is resumed; empty for a new run.
+        checkpoint: the checkpoint of a resumed run; empty for a new run.
 
     Returns:
         The settings, and the weights of --initial_checkpoint by name, empty without one.

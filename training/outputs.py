@@ -1,4 +1,4 @@
-"""The files that a run writes, and that they get in nobody's way."""
+"""Lists the files that a run writes, and checks that they do not overwrite each other."""
 
 from pathlib import Path
 
@@ -31,7 +31,7 @@ def metrics_files(metrics_path: str) -> list[Path]:
 
 
 def check_outputs(settings: Settings) -> None:
-    """Raise UsageError when the metrics would be written over a checkpoint or their picture."""
+    """Raise UsageError when metrics, their picture and the checkpoint would overwrite each other."""
     table, *others = metrics_files(settings.metrics_path)
     checkpoints = written_by(settings.checkpoint_path)
     if table in checkpoints:

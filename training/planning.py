@@ -1,4 +1,4 @@
-"""What a run will take, found out by a few updates of it: memory and seconds."""
+"""Predicts the memory and the time of a run from a few of its updates: --dry_run."""
 
 import math
 import statistics
@@ -111,7 +111,7 @@ def make_plan(trainer: Trainer, data: TrainingData, libraries: int) -> Plan:
         test=test,
     )
     others = plan.libraries + plan.weights + plan.gradients + plan.optimizer + plan.loss
-    # What cannot be measured is taken to be the rest.
+    # Without a measurement, activations are the rest.
     plan.activations = max(0, peak - others if kept is None else kept - gradient)
     return plan
 
@@ -153,7 +153,7 @@ def time_updates(trainer: Trainer, micro_batches: MicroBatches) -> float:
 
 
 def kept_memory(trainer: Trainer, micro_batch: tuple[int, Tensor, Tensor]) -> int | None:
-    """Return the bytes that a forward pass leaves for its backward pass; None if none can tell."""
+    """Return the bytes that a forward pass keeps for its backward pass; None where unknown."""
     device, model = trainer.device, trainer.model
     if device.type == "mps" or (device.type == "cpu" and trainer.world.has_sharded_weights):
         return None
@@ -170,7 +170,7 @@ def kept_memory(trainer: Trainer, micro_batch: tuple[int, Tensor, Tensor]) -> in
         loss = forward()
         kept = torch.cuda.memory_allocated(device) - before
     else:
-        # The newer one writes on standard error whatever is asked of it.
+        # The new profiler always writes to stderr.
         from torch.autograd.profiler_legacy import profile
 
         with profile(profile_memory=True) as record:

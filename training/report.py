@@ -81,8 +81,8 @@ def describe_device(settings: Settings, trainer: Trainer, compiled: str) -> None
     )
     if settings.gradient_accumulation_steps % world.size:
         print(
-            f"Note:   an update's {settings.gradient_accumulation_steps} batches are not a multiple of"
-            f" {world.size} processes; some wait while others finish"
+            f"Note:   an update's {settings.gradient_accumulation_steps} batches are not a multiple"
+            f" of {world.size} processes; some wait while others finish"
         )
 
 
