@@ -6,7 +6,7 @@
 import sys
 from pathlib import Path
 
-import system.threads  # noqa: F401, for what it does before torch is there
+import system.threads  # noqa: F401, sets environment variables that torch reads on import
 
 import torch
 
@@ -56,7 +56,7 @@ PRESETS = {
     },
 }
 
-# What decides which examples come next, and what the adapter is: has to stay in a resumed run.
+# Flags that decide which examples come next and what the adapter is: a resumed run keeps them.
 FIXED_FLAGS = (
     "batch_size",
     "gradient_accumulation_steps",
@@ -65,7 +65,7 @@ FIXED_FLAGS = (
     "alpha",
     "optimizer",
 )
-# What may change then, and is said.
+# Flags that a resumed run may change; it prints the change.
 FREE_FLAGS = ("learning_rate", "dropout", "max_gradient_norm", "precision", "num_epochs")
 
 
@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def read_base(settings: Settings, checkpoint: dict, world: World) -> tuple[GPT, str]:
-    """Read the base model, with its fingerprint.
+    """Read the base model and its fingerprint.
 
     Raises:
         CheckpointError: when it cannot be read, or a resumed run began with another.
@@ -149,7 +149,7 @@ def open_data(
 
 
 def build_trainer(settings: Settings, model: GPT, data: InstructionData, world: World) -> Trainer:
-    """Freeze the model, add the adapter with its first weights, and what trains it."""
+    """Freeze the model, add the adapter, and build its optimizers and the trainer."""
     torch.manual_seed(settings.seed)
     precision = PRECISIONS[settings.precision]
     add_lora(model, settings.rank, settings.alpha, settings.dropout, precision)
@@ -172,7 +172,7 @@ def build_trainer(settings: Settings, model: GPT, data: InstructionData, world: 
 
 
 def test_base(trainer: Trainer, data: InstructionData) -> float:
-    """Return the test loss of the base: the adapter is zero as long as nothing is trained."""
+    """Return the test loss of the base model: an untrained adapter adds zero."""
     with trainer.stoppable():
         return data.mean_loss(trainer.test(data))
 
@@ -180,7 +180,7 @@ def test_base(trainer: Trainer, data: InstructionData) -> float:
 def checkpoint_metadata(
     settings: Settings, data: InstructionData, base: str, base_loss: float
 ) -> dict:
-    """Return what a checkpoint holds beside the state of the trainer."""
+    """Return the entries of a checkpoint beside the state of the trainer."""
     return {
         "lora_args": settings.select(("rank", "alpha")),
         "base": base,
@@ -195,7 +195,7 @@ def check_arguments(settings: Settings, num_processes: int) -> RowSource:
     check_outputs(settings)
     check_accumulation(settings, num_processes)
 
-    # Neither what is read may be written over, nor what is kept beside it.
+    # No output may overwrite an input, or a file that is kept beside it.
     inputs = {
         "the base model": {*written_by(settings.base_model_path)},
         "the dataset": {Path(settings.dataset[:255]).absolute().resolve()},

@@ -6,7 +6,7 @@
 import sys
 from pathlib import Path
 
-import system.threads  # noqa: F401, for what it does before torch is there
+import system.threads  # noqa: F401, sets environment variables that torch reads on import
 
 import torch
 from torch import Tensor
@@ -81,9 +81,9 @@ PRESETS = {
     "gpt2-xl": {"embedding_dimensions": 1600, "num_attention_heads": 25, "num_hidden_layers": 48},
 }
 
-# What decides which samples come next, and so has to stay when a run is resumed.
+# Flags that decide which samples come next: a resumed run has to keep them.
 FIXED_FLAGS = ("batch_size", "gradient_accumulation_steps", "samples_per_epoch", "optimizer")
-# What may change then, and is said.
+# Flags that a resumed run may change; it prints the change.
 FREE_FLAGS = (
     "learning_rate",
     "min_learning_rate",
@@ -137,10 +137,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def build_trainer(settings: Settings, weights: dict[str, Tensor], world: World) -> Trainer:
-    """Build the network, and what trains it.
+    """Build the model, its optimizers and the trainer.
 
     Args:
-        weights: that it begins with, by name; without any they are drawn.
+        weights: first weights by name; empty to draw them at random.
     """
     torch.manual_seed(settings.seed)
 
@@ -175,7 +175,7 @@ def build_trainer(settings: Settings, weights: dict[str, Tensor], world: World) 
 
 
 def checkpoint_metadata(settings: Settings, corpus: Corpus) -> dict:
-    """Return what a checkpoint holds beside the state of the trainer."""
+    """Return the entries of a checkpoint beside the state of the trainer."""
     return {
         "model_args": model_args(settings),
         "dataset": corpus.fingerprint,
@@ -184,7 +184,7 @@ def checkpoint_metadata(settings: Settings, corpus: Corpus) -> dict:
 
 
 def evaluate(settings: Settings, sources: Sources, world: World) -> None:
-    """Print how well a checkpoint predicts text: --eval_only."""
+    """Print the loss of a checkpoint on each source: --eval_only."""
     settings, model = read_model(settings, Path(settings.checkpoint_path))
     is_open = settings.precision == "auto"
     precision = choose_precision(world) if is_open else settings.precision
@@ -303,7 +303,7 @@ def check_arguments(settings: Settings, num_processes: int) -> Sources:
         check_recipe(settings)
         check_accumulation(settings, num_processes)
 
-    # What a run writes below a folder of text is none of it.
+    # A folder of text may contain the outputs of the run: skip them.
     outputs = [
         Path(path).resolve().parent for path in (settings.checkpoint_path, settings.metrics_path)
     ]
@@ -314,7 +314,7 @@ def check_arguments(settings: Settings, num_processes: int) -> Sources:
 
 
 def check_modes(settings: Settings) -> None:
-    """Raise UsageError where flags name two things to do, or a file to be read and written over."""
+    """Raise UsageError where flags name two modes, or would overwrite --initial_checkpoint."""
     modes = [f"--{n}" for n in ("eval_only", "dry_run", "resume") if getattr(settings, n)]
     if "eval_split" in settings.given and not settings.eval_only:
         raise UsageError("--eval_split needs --eval_only")
@@ -335,7 +335,7 @@ def check_modes(settings: Settings) -> None:
 
 
 def check_recipe(settings: Settings) -> None:
-    """Raise UsageError where sizes or the numbers of a recipe do not fit together."""
+    """Raise UsageError where sizes, batches or learning rates do not fit together."""
     if not settings.initial_checkpoint:
         try:
             check_sizes(settings.embedding_dimensions, settings.num_attention_heads)
@@ -357,7 +357,7 @@ def check_recipe(settings: Settings) -> None:
 
 
 def check_same_run(settings: Settings, checkpoint: dict) -> None:
-    """Raise CheckpointError when a resumed run has other samples or another model."""
+    """Raise CheckpointError when the checkpoint has other samples or another model."""
     if not checkpoint:
         return
 

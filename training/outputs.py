@@ -31,7 +31,7 @@ def metrics_files(metrics_path: str) -> list[Path]:
 
 
 def check_outputs(settings: Settings) -> None:
-    """Raise UsageError when metrics, their picture and the checkpoint would overwrite each other."""
+    """Raise UsageError when metrics, picture and checkpoint would overwrite each other."""
     table, *others = metrics_files(settings.metrics_path)
     checkpoints = written_by(settings.checkpoint_path)
     if table in checkpoints:

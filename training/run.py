@@ -200,7 +200,7 @@ class Run:
             self.metrics.draw()
 
         self.world.barrier()
-        # Signals still wait here: a process that ends before this would count as lost.
+        # While signals are held back: a process that a signal ended now would count as lost.
         self.world.disconnect()
 
     def advise_on_memory(self) -> str:
