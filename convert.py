@@ -58,6 +58,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # Only now, so that a wrong flag is answered at once.
     from interop.outputs import ConversionError
+    from system.memory import is_out_of_memory
     from system.streams import steady_output
     from text.errors import DataError
     from training.checkpoint import CheckpointError
@@ -72,6 +73,11 @@ def main(argv: list[str] | None = None) -> int:
             raise
 
         return fail(f"the package {error.name} is missing: pip install 'transformers>=5,<6' peft")
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+
+        return fail("cpu is out of memory for the model; take a machine with more memory.")
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130

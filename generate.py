@@ -69,13 +69,18 @@ def main(argv: list[str] | None = None) -> int:
 
     # Imported late: a wrong flag is reported at once.
     from system.devices import DeviceError, resolve_device
-    from system.memory import is_out_of_memory
+    from system.memory import describe_shortage, is_out_of_memory
     from text.errors import DataError
     from training.checkpoint import CheckpointError
 
+    purpose, cure = "the model", "take a smaller one, or a device with more memory"
     try:
         device = resolve_device(args.device if "device" in args.given else None)
         generator = TextGenerator(args, device, "lora_path" in args.given)
+        purpose, cure = "the text", "take a smaller model"
+        if args.num_samples > 1:
+            purpose, cure = f"{args.num_samples} samples side by side", "lower --num_samples"
+
         answer_all(args, generator)
     except ValueError as error:
         return fail(error, status=2)
@@ -90,8 +95,7 @@ def main(argv: list[str] | None = None) -> int:
         if not is_out_of_memory(error):
             raise
 
-        cure = "lower --num_samples, or take a smaller model"
-        return fail(f"{device} is out of memory; {cure}.")
+        return fail(f"{describe_shortage(error, device, purpose)}; {cure}.")
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130

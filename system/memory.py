@@ -100,6 +100,13 @@ def control_groups() -> list[Path]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error of PyTorch means that memory ran out; on a CPU it has no own type."""
+    """Tell whether an error of PyTorch means that memory ran out; only CUDA has its own type."""
     types = (torch.OutOfMemoryError, MemoryError)
-    return isinstance(error, types) or "can't allocate memory" in str(error)
+    texts = ("can't allocate memory", "MPS backend out of memory")
+    return isinstance(error, types) or any(text in str(error) for text in texts)
+
+
+def describe_shortage(error: BaseException, device: torch.device, purpose: str) -> str:
+    """Say which memory ran out, and for what."""
+    is_main = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+    return f"{'cpu' if is_main else device} is out of memory for {purpose}"

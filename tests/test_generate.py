@@ -574,4 +574,11 @@ def test_out_of_memory_is_one_line(run, monkeypatch):
     status, _, errors = run("--prompt=a")
 
     assert status == 1
-    assert "error: cpu is out of memory; lower --num_samples" in errors
+    assert "error: cpu is out of memory for the text; take a smaller model" in errors
+
+    status, _, errors = run("--prompt=a", "--num_samples=3")
+    assert "for 3 samples side by side; lower --num_samples." in errors
+
+    monkeypatch.setattr("training.checkpoint.load_model", fail)
+    status, _, errors = run("--prompt=a")
+    assert "for the model; take a smaller one" in errors

@@ -825,10 +825,38 @@ def test_out_of_memory_is_one_line(small, tmp_path, monkeypatch, error_of, place
 
     assert status == 1
     assert line == (
-        "error: cpu is out of memory; halve --batch_size, double --gradient_accumulation_steps,"
-        " or add --activation_checkpointing, or take a smaller model."
+        "error: cpu is out of memory for a batch of 2; halve --batch_size and double"
+        " --gradient_accumulation_steps, or add --activation_checkpointing, or take a smaller"
+        " model."
     )
-    assert read(tmp_path / "checkpoint.pt")["position"] == 3
+    position = 4 if place == "accumulate_gradient" else 6
+    assert read(tmp_path / "checkpoint.pt")["position"] == position
+
+
+@pytest.mark.parametrize(
+    ("place", "flag", "message"),
+    [
+        ("build_trainer", "--seed=1", "for the model; take a smaller one"),
+        ("Trainer.test", "--batch_size=1", "for a batch of 1; add --activation_checkpointing"),
+        ("report_losses", "--eval_only", "for the model"),
+        ("Trainer.evaluate", "--eval_only", "for a batch; lower --batch_size"),
+    ],
+)
+def test_what_was_too_large_for_the_memory_is_told(
+    pre_train, small, monkeypatch, error_of, place, flag, message
+):
+    if flag == "--eval_only":
+        pre_train.main(small("--num_epochs=1"))
+
+    def refuse(*args):
+        raise MemoryError
+
+    owner, _, name = place.rpartition(".")
+    monkeypatch.setattr(pre_train.Trainer if owner else pre_train, name, refuse)
+    status, line = error_of(small(flag))
+
+    assert status == 1
+    assert f"cpu is out of memory {message}" in line
 
 
 def test_batches_may_be_cut_otherwise_on_resume(pre_train, small, folders):

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from system.devices import DeviceError, own_device, resolve_device
 from system.distributed import ProcessError, World
-from system.memory import is_out_of_memory, peak_memory, tune_memory
+from system.memory import describe_shortage, is_out_of_memory, peak_memory, tune_memory
 from system.signals import Interrupted
 from system.streams import steady_output
 from text.errors import DataError
@@ -130,7 +130,7 @@ class Launch:
                 fail(message)
 
             # Exit at once: other processes, or a library's thread that waits for them, may not
-            # answer any more. When leaving them failed, the script `return 0` may be past.
+            # answer any more. The script may have returned 0 before leaving them failed.
             may_hang = isinstance(error, ProcessError) or dist.is_initialized()
             if self.world.size > 1 and (is_leaving or may_hang):
                 try:
@@ -163,10 +163,9 @@ class Launch:
             return 1, world.describe_lost_process(lambda: False)
 
         if is_out_of_memory(error):
-            return (
-                1,
-                f"{world.device} is out of memory; lower --batch_size, or take a smaller model.",
-            )
+            # Batches come later, in Trainer.stoppable.
+            shortage = describe_shortage(error, world.device, "the model")
+            return 1, f"{shortage}; take a smaller one, or a device with more memory."
 
         if world.size == 1:
             raise error

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from data import TrainingData
 from system.distributed import World, unshard
-from system.memory import is_out_of_memory
+from system.memory import describe_shortage, is_out_of_memory
 from system.signals import Interrupted
 from text.tokenizer import ENCODING
 from training.arguments import Settings
@@ -111,7 +111,7 @@ class Run:
                 # Otherwise what was computed stays as long as the error.
                 traceback.clear_frames(error.__traceback__)
                 self.rescue()
-                raise TrainingError(self.advise_on_memory()) from None
+                raise TrainingError(self.advise_on_memory(error)) from None
 
             self.close()
 
@@ -230,15 +230,15 @@ class Run:
         # While signals are held back: a process that a signal ended now would count as lost.
         self.world.disconnect()
 
-    def advise_on_memory(self) -> str:
+    def advise_on_memory(self, error: Exception) -> str:
         """Return a message that names the flags which save memory."""
-        device = self.world.device
-        can_recompute = not getattr(self.settings, "activation_checkpointing", True)
-        recompute = ", or add --activation_checkpointing" if can_recompute else ""
-        return (
-            f"{device} is out of memory; halve --batch_size, double --gradient_accumulation_steps"
-            f"{recompute}, or take a smaller model."
-        )
+        size = self.settings.batch_size
+        shortage = describe_shortage(error, self.world.device, f"a batch of {size}")
+        cures = ["halve --batch_size and double --gradient_accumulation_steps"] * (size > 1)
+        if not getattr(self.settings, "activation_checkpointing", True):
+            cures.append("add --activation_checkpointing")
+
+        return f"{shortage}; {', or '.join([*cures, 'take a smaller model'])}."
 
 
 def prefetch(data: TrainingData, updates: Iterable[int], world: World) -> Iterator[MicroBatches]:

@@ -24,6 +24,7 @@ from system.distributed import (
     clip_gradients,
     shard_like,
 )
+from system.memory import describe_shortage, is_out_of_memory
 from system.signals import Interrupted, StopSignal
 from training.metrics import SOURCE_LOSS, perplexity
 from training.optimizers import Optimizers, Schedule
@@ -213,7 +214,13 @@ class Trainer:
         with self.stop:
             try:
                 yield
-            except (RuntimeError, NoAnswerError) as error:
+            except (RuntimeError, MemoryError, NoAnswerError) as error:
+                if is_out_of_memory(error):
+                    shortage = describe_shortage(error, self.device, "a batch")
+                    raise TrainingError(
+                        f"{shortage}; lower --batch_size, or take a smaller model."
+                    ) from None
+
                 if not self.world.is_lost_process(error):
                     raise
 

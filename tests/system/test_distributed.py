@@ -420,7 +420,10 @@ model.GPT.forward = faulty
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        ("torch.OutOfMemoryError('no memory')", "error: cpu is out of memory; halve --batch_size"),
+        (
+            "torch.OutOfMemoryError('no memory')",
+            "error: cpu is out of memory for a batch of 2; halve",
+        ),
         ("OSError(5, 'Input/output error')", "error: [Errno 5] Input/output error"),
         ("KeyError('surprise')", "Traceback (most recent call last):"),
     ],
