@@ -58,6 +58,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # Only now, so that a wrong flag is answered at once.
     from interop.outputs import ConversionError
+    from system.devices import check_compiler_cache
     from system.memory import is_out_of_memory
     from system.streams import steady_output
     from text.errors import DataError
@@ -65,6 +66,7 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         with steady_output():
+            check_compiler_cache(is_wanted=False)
             action(args, given)
     except (CheckpointError, ConversionError, DataError, OSError) as error:
         return fail(error)

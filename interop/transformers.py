@@ -28,7 +28,7 @@ from transformers.utils import logging
 from interop.outputs import ConversionError
 from model import GPT
 from text.instructions import LATER_TURN, WITHOUT_INPUT
-from text.tokenizer import ENCODING, END_OF_TEXT, RANKS_PATH, VOCABULARY_SIZE, load_encoding
+from text.tokenizer import ENCODING, END_OF_TEXT, VOCABULARY_SIZE, read_ranks
 from training.checkpoint import FORMAT_VERSION
 
 if int(transformers.__version__.partition(".")[0]) < 5:
@@ -352,9 +352,9 @@ def new_tokenizer(block_size: int) -> GPT2Tokenizer:
 
     A literal <|endoftext|> in a text is the special token there, as its users expect.
     """
-    # Checks the file of ranks.
-    load_encoding()
-    vocabulary, merges = TikTokenConverter().extract_vocab_merges_from_model(str(RANKS_PATH))
+    converter = TikTokenConverter()
+    converter.load_tiktoken_bpe = lambda _: read_ranks()
+    vocabulary, merges = converter.extract_vocab_merges_from_model("")
     return GPT2Tokenizer(
         vocab={**vocabulary, SPECIAL_TOKEN: END_OF_TEXT},
         merges=merges,

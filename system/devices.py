@@ -1,6 +1,7 @@
 """Chooses what a run computes on: the device, the number format, the compiler."""
 
 import contextlib
+import os
 import re
 import time
 
@@ -133,6 +134,21 @@ def autocast(device: torch.device, precision: str):
 
 
 # --- Compiler ---
+
+
+def check_compiler_cache(is_wanted: bool) -> None:
+    """Go without a cache folder that cannot be made; print a note if it would be used.
+
+    PyTorch makes it when it imports its compiler, which it does even where nothing is compiled.
+    """
+    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    try:
+        if folder:
+            os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        del os.environ["TORCHINDUCTOR_CACHE_DIR"]
+        if is_wanted:
+            print(f"Note:   TORCHINDUCTOR_CACHE_DIR={folder} is left out: {error.strerror}")
 
 
 def compile_model(

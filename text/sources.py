@@ -46,7 +46,7 @@ class TextFiles:
         """Return the files, also those behind links, each once.
 
         Raises:
-            OSError: when a folder cannot be read.
+            DataError: when a folder cannot be read.
         """
         if self.path.is_file():
             return [self.path]
@@ -56,7 +56,8 @@ class TextFiles:
         seen = set()
 
         def stop(error: OSError) -> None:
-            raise error
+            folder = without_surrogates(os.fsdecode(error.filename))
+            raise DataError(f"{folder} cannot be read: {error.strerror}.") from error
 
         for folder, folders, files in os.walk(self.path, onerror=stop, followlinks=True):
             place = Path(folder).resolve()

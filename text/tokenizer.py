@@ -1,13 +1,14 @@
 """The tokenizer of GPT-2, from the ranks that this repository carries."""
 
+import base64
 import functools
+import hashlib
 import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import tiktoken
-from tiktoken.load import load_tiktoken_bpe
 
 from text.errors import DataError
 
@@ -43,18 +44,29 @@ def load_encoding() -> tiktoken.Encoding:
     Raises:
         DataError: when the file of ranks is missing or is not the published one.
     """
-    try:
-        ranks = load_tiktoken_bpe(str(RANKS_PATH), expected_hash=RANKS_SHA256)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{RANKS_PATH} is missing or damaged; restore it with git.") from error
-
     return tiktoken.Encoding(
         ENCODING,
         explicit_n_vocab=VOCABULARY_SIZE,
         pat_str=PIECES,
-        mergeable_ranks=ranks,
+        mergeable_ranks=read_ranks(),
         special_tokens={"<|endoftext|>": END_OF_TEXT},
     )
+
+
+def read_ranks() -> dict[bytes, int]:
+    """Read the tokens with their ranks.
+
+    tiktoken's own reader copies the file into its cache folder, and fails where that is read-only.
+
+    Raises:
+        DataError: as load_encoding.
+    """
+    content = RANKS_PATH.read_bytes() if RANKS_PATH.is_file() else b""
+    if hashlib.sha256(content).hexdigest() != RANKS_SHA256:
+        raise DataError(f"{RANKS_PATH} is missing or damaged; restore it with git.")
+
+    pairs = map(bytes.split, content.splitlines())
+    return {base64.b64decode(token): int(rank) for token, rank in pairs}
 
 
 @functools.cache

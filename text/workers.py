@@ -5,6 +5,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -29,7 +30,7 @@ def in_order(
     Raises:
         DataError: when a worker is killed.
     """
-    if num_workers == 1:
+    if num_workers == 1 or not can_share_locks():
         for unit in units:
             yield unit, done.get(unit.key) or work(unit)
 
@@ -57,6 +58,18 @@ def in_order(
             "A process that tokenizes was killed, for lack of memory or by a damaged file. The"
             " same command goes on; lower --num_dataset_processes."
         ) from error
+
+
+def can_share_locks() -> bool:
+    """Tell whether processes can share locks here; print a note when they cannot."""
+    try:
+        multiprocessing.get_context("spawn").Lock()
+    except OSError as error:
+        reason = f"processes cannot share locks, as in /dev/shm: {error.strerror}"
+        tqdm.write(f"Note:   a single process tokenizes; {reason}", file=sys.stderr)
+        return False
+
+    return True
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from types import TracebackType
 import torch.distributed as dist
 from tqdm import tqdm
 
-from system.devices import DeviceError, own_device, resolve_device
+from system.devices import DeviceError, check_compiler_cache, own_device, resolve_device
 from system.distributed import ProcessError, World
 from system.memory import describe_shortage, is_out_of_memory, peak_memory, tune_memory
 from system.signals import Interrupted
@@ -86,6 +86,7 @@ class Launch:
         if not world.is_first:
             self.stack.enter_context(silenced())
 
+        check_compiler_cache(settings.compile)
         world.connect()
         world.check_same("The flags", shared_flags(settings))
         self.libraries = peak_memory(device)

@@ -7,6 +7,7 @@ import pytest
 import tiktoken_ext.openai_public
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiktoken.load import load_tiktoken_bpe
 
 from text import tokenizer
 from text.errors import DataError
@@ -17,9 +18,7 @@ def test_tokenizer_is_the_published_one(monkeypatch):
     monkeypatch.setattr(
         tiktoken_ext.openai_public,
         "load_tiktoken_bpe",
-        lambda url, expected_hash: tokenizer.load_tiktoken_bpe(
-            str(tokenizer.RANKS_PATH), expected_hash
-        ),
+        lambda url, expected_hash: load_tiktoken_bpe(str(tokenizer.RANKS_PATH), expected_hash),
     )
     published = tiktoken_ext.openai_public.r50k_base()
     ours = tokenizer.load_encoding()
@@ -39,6 +38,14 @@ def test_tokenizer_needs_no_network(monkeypatch):
     tokenizer.load_encoding.cache_clear()
 
     assert tokenizer.load_encoding().decode([15496, 995]) == "Hello world"
+
+
+def test_cache_of_tiktoken_is_not_needed(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    tokenizer.load_encoding.cache_clear()
+
+    assert encode("Hello world").tolist() == [15496, 995]
 
 
 @pytest.mark.parametrize("content", [None, b"IQ== 0\n"])

@@ -1,0 +1,62 @@
+"""Surroundings that are broken or unusual: the right thing is blamed, or it works all the same."""
+
+import os
+from pathlib import Path
+
+import pytest
+from conftest import finish, launch
+
+from text import preparation, workers
+from text.errors import DataError
+from text.preparation import load_or_prepare
+from text.sources import TextFiles
+
+GENERATE = ["--prompt=a", "--max_tokens=2", "--device=cpu", "--precision=fp32"]
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_cache_of_the_compiler_that_cannot_be_made(small, tmp_path, compiles):
+    (tmp_path / "file").write_text("")
+    env = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "file" / "cache")}
+    argv = small("--num_epochs=1", f"--compile={compiles}")
+    status, output, errors = finish(launch(argv, env=env))
+
+    assert status == 0, errors
+    assert ("TORCHINDUCTOR_CACHE_DIR" in output) == compiles
+    assert ("fp32, compiled," in output) == compiles
+
+    path = f"--checkpoint_path={tmp_path / 'checkpoint.pt'}"
+    status, _, errors = finish(launch([path, *GENERATE], env=env, script="generate"))
+    assert status == 0, errors
+
+
+def test_where_processes_share_no_locks_one_tokenizes(text_folder, tmp_path, monkeypatch, capsys):
+    """As where /dev/shm cannot be written."""
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(preparation, "MIN_SIZE_PER_PROCESS", 1)
+    monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", refuse)
+    dataset = load_or_prepare(TextFiles(text_folder), tmp_path, 2)
+
+    assert len(dataset.train) > 1000
+    assert "Note:   a single process tokenizes; processes cannot share" in capsys.readouterr().err
+    assert not workers.can_share_locks()
+
+
+def test_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    """An administrator may read all, so the system's answer is put in its place."""
+    (tmp_path / "a" / "private").mkdir(parents=True)
+    (tmp_path / "a" / "text.txt").write_text("text")
+    real = os.scandir
+
+    def scandir(path):
+        if Path(path).name == "private":
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(DataError, match=r"/a/private cannot be read: Permission denied\.$"):
+        TextFiles(tmp_path).listing()
