@@ -68,12 +68,18 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse(argv)
 
     # Imported late: a wrong flag is reported at once.
-    from system.devices import DeviceError, check_compiler_cache, resolve_device
+    from system.devices import (
+        DeviceError,
+        check_compiler_cache,
+        limit_threads,
+        resolve_device,
+    )
     from system.memory import describe_shortage, is_out_of_memory
     from text.errors import DataError
     from training.checkpoint import CheckpointError
 
     check_compiler_cache(is_wanted=False)
+    limit_threads()
     purpose, cure = "the model", "take a smaller one, or a device with more memory"
     try:
         device = resolve_device(args.device if "device" in args.given else None)

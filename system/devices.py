@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from system.distributed import World
+from system.limits import num_cores
 
 
 class DeviceError(Exception):
@@ -68,6 +69,15 @@ def own_device(device: torch.device, world: World) -> torch.device:
         )
 
     return torch.device("cuda", world.local_rank)
+
+
+def limit_threads() -> None:
+    """Compute with as many threads as this process has cores, unless OMP_NUM_THREADS is set.
+
+    Where a container may use a part of the machine, others would wait for their turn.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(torch.get_num_threads(), num_cores()))
 
 
 def synchronize(device: torch.device) -> None:

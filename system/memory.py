@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from system.limits import group_memory
+
 
 def tune_memory() -> None:
     """Let this process keep what it frees, in huge pages; to be called before the first tensor.
@@ -71,32 +73,12 @@ def num_bytes(value) -> int:
 
 def available_memory() -> float:
     """Return the bytes that this process can still have, as far as Linux tells; else no limit."""
-    limits = [math.inf]
+    available = math.inf
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
-        limits.append(1024 * next(int(line.split()[1]) for line in lines if "MemAvail" in line))
+        available = 1024 * next(int(line.split()[1]) for line in lines if "MemAvail" in line)
 
-    for folder in control_groups():
-        with contextlib.suppress(OSError, ValueError, StopIteration):
-            limit, used = (int((folder / f"memory.{n}").read_text()) for n in ("max", "current"))
-            lines = (folder / "memory.stat").read_text().splitlines()
-            # Files that were read or written lately are given up when it gets tight.
-            cached = next(int(line.split()[1]) for line in lines if "inactive_file" in line)
-            limits.append(limit - used + cached)
-
-    return min(limits)
-
-
-def control_groups() -> list[Path]:
-    """Return what may limit the memory of this process on Linux: its group and those around it."""
-    root = Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            if line.startswith("0::/"):
-                group = root / line.removeprefix("0::/")
-                return [folder for folder in (group, *group.parents) if folder.is_relative_to(root)]
-
-    return [root]
+    return min(available, group_memory())
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -650,6 +650,15 @@ MUTATIONS = [
         "if True:",
         "nothing can be saved there",
     ),
+    Mutation(
+        69,
+        "A container that limits memory or cores",
+        ("system/test_limits", ""),
+        "system/limits.py",
+        'if not controllers or controller in controllers.split(","):',
+        "if not controllers:",
+        "more is taken than there is: the run is killed, or threads wait for their turn",
+    ),
 ]
 
 

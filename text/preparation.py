@@ -22,6 +22,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from system.files import write_whole
+from system.limits import num_cores
 from system.locks import Lock
 from text.errors import DataError, is_full_disk
 from text.local_files import Listing
@@ -252,7 +253,7 @@ def tokenize(
 ) -> Iterator[None]:
     """Do all units that the journal lacks; yield after each."""
     affordable = math.ceil(listing.size / MIN_SIZE_PER_PROCESS)
-    num_workers = max(1, min(num_processes, os.cpu_count() or 1, affordable))
+    num_workers = max(1, min(num_processes, num_cores(), affordable))
     finished: set[str] = set()
     work = functools.partial(tokenize_unit, parts)
     results = in_order(work, units(listing.files, finished), journal.units, num_workers)

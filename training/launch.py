@@ -19,7 +19,13 @@ from types import TracebackType
 import torch.distributed as dist
 from tqdm import tqdm
 
-from system.devices import DeviceError, check_compiler_cache, own_device, resolve_device
+from system.devices import (
+    DeviceError,
+    check_compiler_cache,
+    limit_threads,
+    own_device,
+    resolve_device,
+)
 from system.distributed import ProcessError, World
 from system.memory import describe_shortage, is_out_of_memory, peak_memory, tune_memory
 from system.signals import Interrupted
@@ -76,6 +82,7 @@ class Launch:
         except ValueError as error:
             raise UsageError(str(error)) from None
 
+        limit_threads()
         if device.type == "cpu":
             tune_memory()
 

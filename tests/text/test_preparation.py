@@ -233,7 +233,7 @@ def large_text(tmp_path_factory):
 
 def test_the_same_bytes_from_any_number_of_processes(large_text, tmp_path, monkeypatch):
     monkeypatch.setattr(preparation, "MIN_SIZE_PER_PROCESS", 1 << 17)
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(preparation, "num_cores", lambda: 8)
     started = []
     worker_processes = workers.worker_processes
     monkeypatch.setattr(

@@ -409,38 +409,6 @@ def test_where_memory_is_short_nothing_is_copied(writer, path, monkeypatch):
     assert load(path)["position"] == 2
 
 
-@pytest.mark.parametrize(
-    ("groups", "expected"),
-    [
-        ({}, 8000 * 1024),
-        ({"a/b": ("5000000", 4000000, 500000), "a": ("max", 9, 0)}, 1500000),
-        ({"a/b": ("max", 4000000, 0), "a": ("7000000", 6000000, 0)}, 1000000),
-        ({"": ("3000000", 1000000, 0)}, 2000000),
-    ],
-)
-def test_available_memory_is_that_of_the_narrowest_group(monkeypatch, tmp_path, groups, expected):
-    files = {
-        "/proc/meminfo": "MemTotal: 16000 kB\nMemAvailable:    8000 kB\n",
-        "/proc/self/cgroup": "1:name=x:/y\n0::/a/b\n",
-    }
-
-    for name, (limit, used, cached) in groups.items():
-        folder = Path("/sys/fs/cgroup") / name
-        files[str(folder / "memory.max")] = limit
-        files[str(folder / "memory.current")] = str(used)
-        files[str(folder / "memory.stat")] = f"anon 5\ninactive_file {cached}\n"
-
-    def read_text(path):
-        try:
-            return files[str(path)]
-        except KeyError:
-            raise FileNotFoundError from None
-
-    monkeypatch.setattr(Path, "read_text", read_text)
-
-    assert checkpoint.available_memory() == expected
-
-
 def test_killed_while_writing_behind(path):
     """The process that dies has gone on already."""
     patch = f"""
