@@ -77,7 +77,9 @@ class World:
         """
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         given = {name: os.environ[name] for name in names if name in os.environ}
-        if not given.keys() & {"RANK", "WORLD_SIZE"}:
+        # Some clusters and notebooks set a rank for programs that do not work together.
+        can_meet = {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+        if not (can_meet and given.keys() & {"RANK", "WORLD_SIZE"}):
             return cls()
 
         try:

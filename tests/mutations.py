@@ -659,6 +659,15 @@ MUTATIONS = [
         "if not controllers:",
         "more is taken than there is: the run is killed, or threads wait for their turn",
     ),
+    Mutation(
+        70,
+        "A rank in the environment, and no place to meet",
+        ("system/test_distributed", "without_a_place"),
+        "system/distributed.py",
+        '{"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()',
+        "True",
+        "a wait for processes that there are not, and messages that nobody hears",
+    ),
 ]
 
 

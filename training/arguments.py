@@ -7,7 +7,6 @@ import argparse
 import difflib
 import io
 import math
-import os
 import sys
 from collections.abc import Callable, Iterable
 
@@ -41,6 +40,9 @@ class Settings(argparse.Namespace):
 
 class Parser(argparse.ArgumentParser):
     """A parser that knows presets and answers a mistake in one line, with exit status 2."""
+
+    # False in all but one of the processes of a run.
+    is_heard = True
 
     def __init__(self, **kwargs):
         super().__init__(
@@ -76,12 +78,7 @@ class Parser(argparse.ArgumentParser):
         self.error(f"unknown argument {unknown[0]}{hint}")
 
     def error(self, message: str):
-        self.exit(2, f"error: {message.removeprefix('argument ')}\n" if is_first() else None)
-
-
-def is_first() -> bool:
-    """Tell whether this is rank 0, the only process that prints."""
-    return os.environ.get("RANK", "0") == "0"
+        self.exit(2, f"error: {message.removeprefix('argument ')}\n" if self.is_heard else None)
 
 
 def add_flag(add: Callable, name: str, default: bool, text: str) -> None:

@@ -53,12 +53,13 @@ class Launch:
     """
 
     def __init__(self, parser: Parser, presets: dict[str, dict], argv: list[str] | None):
-        self.settings: Settings = parser.parse(argv, presets)
         self.world = World()
         # One process speaks for all before they meet, too. What is wrong here connect raises.
         with contextlib.suppress(ProcessError):
             self.world = World.from_environment()
 
+        parser.is_heard = self.world.is_first
+        self.settings: Settings = parser.parse(argv, presets)
         self.libraries = 0
         self.status = 0
         self.stack = contextlib.ExitStack()

@@ -1,5 +1,6 @@
 """Several processes against one: the same samples, weights and files; and what happens to them."""
 
+import importlib
 import os
 import re
 import signal
@@ -60,6 +61,10 @@ def test_what_fills_up_has_no_targets(size):
     assert all((y < 0).all() for step in steps for n, _, y in step if n not in trained)
 
 
+# Where processes meet; without it there is one.
+MEETING = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+
+
 @pytest.mark.parametrize(
     "environment",
     [
@@ -73,7 +78,7 @@ def test_what_fills_up_has_no_targets(size):
     ],
 )
 def test_malformed_environment_is_refused(monkeypatch, small, error_of, environment):
-    for name, value in environment.items():
+    for name, value in {**environment, **MEETING}.items():
         monkeypatch.setenv(name, value)
 
     with pytest.raises(ProcessError):
@@ -91,7 +96,31 @@ def test_place_is_read_from_the_environment(monkeypatch):
         monkeypatch.setenv(name, str(value))
 
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert World.from_environment() == World()
+
+    for name, value in MEETING.items():
+        monkeypatch.setenv(name, value)
+
     assert World.from_environment() == World(5, 8, 1, 4)
+
+
+def test_rank_without_a_place_to_meet_is_a_run_of_its_own(
+    pre_train, small, monkeypatch, tmp_path, capsys, error_of
+):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+    assert pre_train.main(small("--num_epochs=1")) == 0
+    assert "Next: " in capsys.readouterr().out
+    assert (tmp_path / "checkpoint.pt").exists()
+    assert error_of(["--batch_size=0"])[0] == 2
+
+
+def test_generate_looks_at_no_rank(monkeypatch, error_of):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", **MEETING}.items():
+        monkeypatch.setenv(name, value)
+
+    assert error_of(["--top_k=0"], importlib.import_module("generate"))[0] == 2
 
 
 # --- The same run on any number ---
@@ -551,7 +580,7 @@ def test_dry_run_that_is_started_again_plans_a_new_run(
     """It writes nothing, so the checkpoint that is there is that of another run."""
     assert pre_train.main(small("--num_epochs=1")) == 0
 
-    place = {"RANK": 0, "WORLD_SIZE": 1, "TORCHELASTIC_RESTART_COUNT": 1}
+    place = {"RANK": 0, "WORLD_SIZE": 1, "TORCHELASTIC_RESTART_COUNT": 1, **MEETING}
     for name, value in place.items():
         monkeypatch.setenv(name, str(value))
 
