@@ -1,13 +1,15 @@
 """Take models and adapters to Hugging Face's transformers and peft, and from there."""
 
 import re
-import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
-from training.arguments import Parser, fail
+# Not there with PYTHONSAFEPATH.
+sys.path.insert(0, str(Path(__file__).parent))
+
+from training.arguments import Parser, command, fail
 
 EXTRAS = ("transformers", "peft")
 
@@ -151,8 +153,8 @@ def from_hugging_face(args: Namespace, given: set[str]) -> None:
         save(state)
 
     print(f"Files:  {path}")
-    print(f"Next:   {command('generate.py', checkpoint_path=path)}")
-    print(f"        {command('fine-tune.py', base_model_path=path)}")
+    print(f"Next:   {command('generate.py', f'--checkpoint_path={path}')}")
+    print(f"        {command('fine-tune.py', f'--base_model_path={path}')}")
 
 
 def to_peft(args: Namespace, given: set[str]) -> None:
@@ -171,8 +173,8 @@ def to_peft(args: Namespace, given: set[str]) -> None:
         export_adapter(state["lora"], alpha, model, temporary)
 
     print_files(folder)
-    base = command("convert.py", to_hugging_face="base", checkpoint_path=path, lora_path="")
-    print(f"Next:   {base}")
+    flags = ("--to_hugging_face=base", f"--checkpoint_path={path}", "--lora_path=")
+    print(f"Next:   {command('convert.py', *flags)}")
     print("        model = AutoModelForCausalLM.from_pretrained('base')")
     print(f"        model = peft.PeftModel.from_pretrained(model, {str(folder)!r})")
 
@@ -189,16 +191,12 @@ def from_peft(args: Namespace, given: set[str]) -> None:
         save(state)
 
     print(f"Files:  {lora_path}")
-    print(f"Next:   {command('generate.py', checkpoint_path=path, lora_path=lora_path)} --raw")
+    flags = (f"--checkpoint_path={path}", f"--lora_path={lora_path}", "--raw")
+    print(f"Next:   {command('generate.py', *flags)}")
 
 
 def print_files(folder: Path) -> None:
     print(f"Files:  {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
-
-
-def command(script: str, **flags: object) -> str:
-    """Return a command line to copy."""
-    return shlex.join(["python", script, *(f"--{name}={flag}" for name, flag in flags.items())])
 
 
 if __name__ == "__main__":

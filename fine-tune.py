@@ -6,6 +6,9 @@
 import sys
 from pathlib import Path
 
+# Not there with PYTHONSAFEPATH.
+sys.path.insert(0, str(Path(__file__).parent))
+
 import system.threads  # noqa: F401, sets environment variables that torch reads on import
 
 import torch
@@ -222,7 +225,7 @@ def check_same_run(settings: Settings, checkpoint: dict) -> None:
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="fine-tune.py", description=__doc__.splitlines()[0])
+    parser = Parser(prog="fine-tune.py", description=(__doc__ or "").partition("\n")[0])
 
     add = parser.add_argument_group("model and data").add_argument
     add("--base_model_path", default="./out/checkpoint.pt", help="Checkpoint of the base model.")

@@ -8,6 +8,9 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
+# Not there with PYTHONSAFEPATH.
+sys.path.insert(0, str(Path(__file__).parent))
+
 from system import threads  # noqa: F401, sets environment variables that torch reads on import
 from training.arguments import (
     Parser,

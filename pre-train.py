@@ -6,6 +6,9 @@
 import sys
 from pathlib import Path
 
+# Not there with PYTHONSAFEPATH.
+sys.path.insert(0, str(Path(__file__).parent))
+
 import system.threads  # noqa: F401, sets environment variables that torch reads on import
 
 import torch
@@ -200,7 +203,7 @@ def evaluate(settings: Settings, sources: Sources, world: World) -> None:
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="pre-train.py", description=__doc__.splitlines()[0])
+    parser = Parser(prog="pre-train.py", description=(__doc__ or "").partition("\n")[0])
 
     add = parser.add_argument_group("data").add_argument
     add(

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import os
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import SAVE_AT_ONCE, assert_same_run, finish, launch, write_documents
+from conftest import ROOT, SAVE_AT_ONCE, assert_same_run, finish, launch, write_documents
 from faults import KILL_AT, SIGNAL_AT, read
 
 from system.devices import resolve_device
@@ -130,12 +131,20 @@ def test_seed_is_drawn_printed_and_kept(pre_train, small, tmp_path, capsys):
 def test_what_comes_next_is_told_of_a_resumed_run_too(pre_train, small, capsys, monkeypatch):
     pre_train.main(small("--num_epochs=1"))
     argv = small("--num_epochs=2", "--resume")
-    monkeypatch.setattr(sys, "argv", ["pre-train.py", *argv])
+    monkeypatch.chdir(ROOT)
     pre_train.main(argv)
-    command = capsys.readouterr().out.splitlines()[-1]
+    command = capsys.readouterr().out.splitlines()[-1].strip()
 
-    assert command.count("--resume") == 1
-    assert command.endswith("--num_epochs=4")
+    assert command == shlex.join(["python", "pre-train.py", *argv, "--num_epochs=4"])
+
+
+def test_what_comes_next_works_from_another_folder(pre_train, small, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pre_train.main(small("--num_epochs=1"))
+    lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()[-2:]]
+
+    assert lines[0][1:3] == ["python", str(ROOT / "generate.py")]
+    assert lines[1][:2] == ["python", str(ROOT / "pre-train.py")]
 
 
 @pytest.fixture

@@ -1,10 +1,15 @@
 """Surroundings that are broken or unusual: the right thing is blamed, or it works all the same."""
 
 import os
+import shlex
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import finish, launch
+from conftest import ROOT, finish, launch
+from faults import read
 
 from text import preparation, workers
 from text.errors import DataError
@@ -60,3 +65,50 @@ def test_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", scandir)
     with pytest.raises(DataError, match=r"/a/private cannot be read: Permission denied\.$"):
         TextFiles(tmp_path).listing()
+
+
+def test_error_behind_a_progress_bar_has_its_own_line_in_a_log(pre_train, small, tmp_path, capsys):
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "short.txt").write_text("short")
+
+    assert pre_train.main(small(dataset=tmp_path / "text")) == 1
+    assert "\nerror: text-" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "env"),
+    [(["-OO"], {}), ([], {"PYTHONSAFEPATH": "1"})],
+    ids=["without docstrings", "safe path"],
+)
+def test_python_with_other_options(small, options, env):
+    for script in ("pre-train", "fine-tune", "generate", "convert"):
+        command = [sys.executable, *options, str(ROOT / f"{script}.py"), "--help"]
+        environment = {**os.environ, **env}
+        output = subprocess.run(command, env=environment, capture_output=True, check=True).stdout
+        assert b"usage: " in output
+
+    argv = [sys.executable, *options, str(ROOT / "pre-train.py"), *small("--num_epochs=1")]
+    subprocess.run(argv, env=environment, capture_output=True, check=True)
+
+
+def test_closed_streams(small, tmp_path):
+    """What is opened next would have their numbers, and what is printed."""
+    checkpoint = f"--checkpoint_path={tmp_path / 'checkpoint.pt'}"
+    arguments = [
+        [str(ROOT / "pre-train.py"), *small("--num_epochs=1")],
+        [str(ROOT / "generate.py"), checkpoint, *GENERATE],
+        [str(ROOT / "generate.py"), checkpoint, *GENERATE[1:]],
+    ]
+    for argv in arguments:
+        command = shlex.join([sys.executable, *argv])
+        subprocess.run(f"{command} <&- >&- 2>&-", shell=True, check=True)
+
+    assert read(tmp_path / "checkpoint.pt")["position"] == 3
+
+
+def test_run_in_a_thread(pre_train, small, tmp_path):
+    """Only the main thread may ask for signals."""
+    with ThreadPoolExecutor() as pool:
+        assert pool.submit(pre_train.main, small("--num_epochs=1")).result() == 0
+
+    assert read(tmp_path / "checkpoint.pt")["position"] == 3

@@ -257,10 +257,10 @@ def tokenize(
     finished: set[str] = set()
     work = functools.partial(tokenize_unit, parts)
     results = in_order(work, units(listing.files, finished), journal.units, num_workers)
-    bar = {"desc": f"Tokenizing {source.name}", "unit": "B", "unit_scale": True, "leave": False}
+    bar = {"desc": f"Tokenizing {source.name}", "unit": "B", "unit_scale": True}
     # A log, in which every redrawn bar stays, gets one a minute.
     is_terminal = getattr(sys.stderr, "isatty", bool)()
-    bar |= {} if is_terminal else {"mininterval": 60.0, "maxinterval": 60.0}
+    bar |= {"leave": False} if is_terminal else {"mininterval": 60.0, "maxinterval": 60.0}
     num_tokens = 0
     open_reader.cache_clear()
     with contextlib.closing(results), tqdm(total=listing.size, **bar) as progress:

@@ -7,8 +7,10 @@ import argparse
 import difflib
 import io
 import math
+import shlex
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from system.streams import open_closed_streams
 
@@ -22,6 +24,7 @@ class Settings(argparse.Namespace):
 
     Attributes:
         given: the names of the arguments that the command line gave, as a set.
+        argv: the command line.
     """
 
     def __init__(self, **values):
@@ -66,7 +69,8 @@ class Parser(argparse.ArgumentParser):
         given = {dest: value for dest, value in vars(parsed).items() if value is not None}
         defaults = {dest: self.get_default(dest) for dest in dests}
         preset = presets[given["preset"]] if presets and "preset" in given else {}
-        return Settings(**{**defaults, **preset, **given}, given=frozenset(given))
+        argv = sys.argv[1:] if argv is None else argv
+        return Settings(**{**defaults, **preset, **given}, given=frozenset(given), argv=[*argv])
 
     def reject_unknown(self, unknown: list[str]) -> None:
         flag = unknown[0].split("=")[0]
@@ -228,6 +232,15 @@ def parse_number(kind: type, value: str, is_valid: Callable, description: str):
         raise argparse.ArgumentTypeError(f"must be {description}, {value} given")
 
     return number
+
+
+def command(script: str, *arguments: str) -> str:
+    """Return a command line to copy, which runs a script of this repository from where one is."""
+    path = Path(__file__).parents[1] / script
+    if path.parent == Path.cwd():
+        path = Path(script)
+
+    return shlex.join(["python", str(path), *arguments])
 
 
 def fail(message: object, status: int = 1) -> int:

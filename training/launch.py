@@ -201,7 +201,7 @@ def wait_for_last_write(writer: CheckpointWriter) -> None:
 
 def shared_flags(settings: Settings) -> dict:
     """Return the arguments that have to be the same on all machines."""
-    own = ("device", "num_dataset_processes", "given")
+    own = ("device", "num_dataset_processes", "given", "argv")
     return {
         name: value
         for name, value in vars(settings).items()

@@ -1,14 +1,12 @@
 """Prints what a run is about to do at its start, and what it achieved at its end."""
 
 import math
-import shlex
-import sys
 from argparse import ArgumentParser
 from pathlib import Path
 
 from data import Corpus
 from text.tokenizer import VOCABULARY_SIZE
-from training.arguments import Settings
+from training.arguments import Settings, command
 from training.instruction_data import InstructionData
 from training.metrics import picture_path
 from training.recipe import num_updates, samples_per_update, tokens_per_update, updates_per_epoch
@@ -100,14 +98,13 @@ def conclude_pre_training(settings: Settings, trainer: Trainer, parser: Argument
         f" {row['test_loss']:.3f} nats a token (chance: {math.log(VOCABULARY_SIZE):.3f}),"
         f" perplexity {row['perplexity']:,.0f} (chance: {VOCABULARY_SIZE:,})."
     )
-    is_given = any(arg.partition("=")[0] == "--resume" for arg in sys.argv)
-    resume = [] if is_given else ["--resume"]
-    longer = shlex.join([*sys.argv, *resume, f"--num_epochs={2 * settings.num_epochs}"])
+    resume = [] if settings.resume and "resume" in settings.given else ["--resume"]
+    flags = [*settings.argv, *resume, f"--num_epochs={2 * settings.num_epochs}"]
     prompt = "def fibonacci(" if settings.dataset == ["stdlib"] else None
 
     describe_files(settings)
     print(f"Next:   {generate_command(settings, parser, prompt, 'checkpoint_path')}")
-    print(f"        python {longer}")
+    print(f"        {command(parser.prog, *flags)}")
 
 
 def conclude_fine_tuning(
@@ -127,8 +124,8 @@ def conclude_fine_tuning(
         f" {row['test_loss']:.3f} nats a token of the answers (base model: {base_loss:.3f})."
     )
     describe_files(settings)
-    command = generate_command(settings, parser, prompt, "base_model_path", "checkpoint_path")
-    print(f"Next:   {command}")
+    flags = ("base_model_path", "checkpoint_path")
+    print(f"Next:   {generate_command(settings, parser, prompt, *flags)}")
 
 
 def describe_files(settings: Settings) -> None:
@@ -145,7 +142,7 @@ def generate_command(
         parser: of the script that ran.
         flags: the flags that name the model, and the adapter if there is one.
     """
-    words = ["python", "generate.py"]
+    words = []
     for flag, name in zip(flags, ("checkpoint_path", "lora_path"), strict=False):
         if getattr(settings, flag) != parser.get_default(flag):
             words.append(f"--{name}={getattr(settings, flag)}")
@@ -153,4 +150,4 @@ def generate_command(
     if prompt is not None:
         words.append(f"--prompt={prompt}")
 
-    return shlex.join(words)
+    return command("generate.py", *words)

@@ -92,7 +92,7 @@ def test_an_adapter_of_peft_becomes_ours(convert, gpt2_folder, options):
     model = read_adapter(new_gpt2(), "adapter")
 
     assert_same_logits(read_model(lora_path=Path("out/lora.pt")), model)
-    assert "Next:   python generate.py --checkpoint_path=out/checkpoint.pt --lora_path" in output
+    assert f"Next:   python {ROOT / 'generate.py'} --checkpoint_path=out/checkpoint.pt" in output
 
 
 @pytest.mark.filterwarnings("ignore")

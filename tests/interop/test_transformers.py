@@ -61,7 +61,7 @@ def test_weights_of_gpt2_become_a_checkpoint(convert, theirs, gpt2_folder):
     assert not state["model"]["token_embeddings.weight"][50257:].any()
     assert_same_text(read_model(), theirs)
     assert "with biases" in output
-    assert "python fine-tune.py --base_model_path=out/checkpoint.pt\n" in output
+    assert f"python {ROOT / 'fine-tune.py'} --base_model_path=out/checkpoint.pt\n" in output
 
 
 def test_names_without_a_prefix_masks_and_a_tied_output_are_taken(convert, source):
