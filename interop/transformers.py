@@ -359,6 +359,7 @@ def new_tokenizer(block_size: int) -> GPT2Tokenizer:
         vocab={**vocabulary, SPECIAL_TOKEN: END_OF_TEXT},
         merges=merges,
         model_max_length=block_size,
+        pad_token=SPECIAL_TOKEN,
     )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from conversions import (
     LAYERS,
     assert_same_logits,

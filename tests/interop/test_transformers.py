@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from conversions import (
     SIZES,
     assert_same_logits,
@@ -210,6 +211,14 @@ def test_end_of_text_is_special_and_added_nowhere(tokenizer):
     assert tokenizer("a<|endoftext|>")["input_ids"] == [64, END_OF_TEXT]
     assert tokenizer.eos_token_id == tokenizer.bos_token_id == END_OF_TEXT
     assert tokenizer.model_max_length == 128
+    assert len(tokenizer) == 50257
+
+
+def test_texts_are_padded_without_a_token_more(tokenizer):
+    batch = tokenizer(["a", "a a"], padding=True)
+
+    assert batch["input_ids"] == [[64, END_OF_TEXT], [64, 257]]
+    assert batch["attention_mask"] == [[1, 0], [1, 1]]
     assert len(tokenizer) == 50257
 
 
