@@ -138,8 +138,8 @@ class Launch:
             if message and self.world.is_first_to_fail():
                 fail(message)
 
-            # Exit at once: other processes, or a library's thread that waits for them, may not
-            # answer any more. The script may have returned 0 before leaving them failed.
+            # Exit at once: other processes, or a thread of a library, may not answer any more.
+            # When leaving them failed, the script may have said `return 0` already.
             may_hang = isinstance(error, ProcessError) or dist.is_initialized()
             if self.world.size > 1 and (is_leaving or may_hang):
                 try:
