@@ -25,8 +25,8 @@ def group_memory() -> float:
             with contextlib.suppress(OSError, ValueError, KeyError):
                 lines = (folder / "memory.stat").read_text().splitlines()
                 statistics = dict(line.split() for line in lines)
-                limit, used = (int((folder / name).read_text()) for name in (limit, used))
-                limits.append(limit - used + int(statistics[cached]))
+                most, now = (int((folder / name).read_text()) for name in (limit, used))
+                limits.append(most - now + int(statistics[cached]))
 
     return min(limits)
 
