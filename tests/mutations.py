@@ -616,7 +616,7 @@ MUTATIONS = [
     ),
     Mutation(
         65,
-        "A reader of the output that leaves (`| head`)",
+        "A reader of the output that leaves, as head does",
         ("training/test_launch", "reader_of_the_output"),
         "system/streams.py",
         "except (OSError, ValueError) as error:\n            # What",
