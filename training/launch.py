@@ -32,7 +32,8 @@ from system.signals import Interrupted
 from system.streams import steady_output
 from text.errors import DataError
 from training.arguments import Parser, Settings, UsageError, fail
-from training.checkpoint import CheckpointError, CheckpointWriter, claimed
+from training.checkpoint import CheckpointError, CheckpointWriter
+from training.outputs import claimed
 from training.trainer import TrainingError
 
 # Their messages are one line for the user.
