@@ -113,10 +113,11 @@ def to_hugging_face(args: Namespace, given: set[str]) -> None:
     folder, path, lora_path = Path(args.to_hugging_face), args.checkpoint_path, args.lora_path
     with new_folder(folder, "--to_hugging_face") as temporary:
         model = load_model(path)
-        is_tuned = bool(lora_path) and merge_adapter(model, Path(lora_path), "lora_path" in given)
-        name = f"{path} with {lora_path}" if is_tuned else path
+        is_needed = "lora_path" in given
+        introduction = merge_adapter(model, Path(lora_path), is_needed) if lora_path else None
+        name = path if introduction is None else f"{path} with {lora_path}"
         print(f"Model:  {name}, {model.num_parameters:,} parameters")
-        export_model(model, temporary, is_tuned)
+        export_model(model, temporary, introduction)
 
     print_files(folder)
     print("Next:   from transformers import AutoModelForCausalLM, AutoTokenizer")

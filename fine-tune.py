@@ -183,6 +183,7 @@ def record(settings: Settings, data: InstructionData, base: str, base_loss: floa
         "base": base,
         "base_test_loss": base_loss,
         "dataset": data.fingerprint,
+        "introduction": data.examples.introduction,
         "settings": settings.select(FIXED_FLAGS + FREE_FLAGS),
     }
 

@@ -605,6 +605,24 @@ MUTATIONS = [
         "pass",
         "training takes up to 18 times as long",
     ),
+    Mutation(
+        74,
+        "An adapter that learned with a system message",
+        ("test_generate", "template_is_put"),
+        "generate.py",
+        "prompt = format_prompt(prompt, introduction=self.introduction)",
+        "prompt = format_prompt(prompt)",
+        "it is asked in words that it never saw",
+    ),
+    Mutation(
+        75,
+        "An exported adapter that learned with a system message",
+        ("test_convert", "begins_as_the_rows"),
+        "interop/transformers.py",
+        '"default_introduction": introduction or INTRODUCTION',
+        '"default_introduction": INTRODUCTION',
+        "it is asked in words that it never saw",
+    ),
 ]
 
 

@@ -4,6 +4,7 @@ A source yields rows with their places. A row that cannot be read is the error t
 """
 
 import ast
+import collections
 import functools
 import hashlib
 import math
@@ -186,11 +187,13 @@ class Examples:
 
     Args:
         notes: what became of the rows that are not among them, a line each.
+        introduction: what most rows begin with; empty for the one of the template.
     """
 
     train: list[Example]
     test: list[Example]
     notes: list[str]
+    introduction: str = ""
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -214,6 +217,7 @@ def load_examples(source: RowSource, block_size: int, mask_input: bool) -> Examp
     """
     kept: list[tuple[float, Example]] = []
     malformed, empty, cut, unanswered = [], [], [], []
+    introductions: collections.Counter[str] = collections.Counter()
     for place, row in source.rows():
         try:
             if isinstance(row, ValueError):
@@ -237,6 +241,7 @@ def load_examples(source: RowSource, block_size: int, mask_input: bool) -> Examp
             cut.append(place)
 
         kept.append((share_of(place), example))
+        introductions[turns[0].introduction] += 1
 
     notes = [
         *note(malformed, "are malformed and left out"),
@@ -258,6 +263,7 @@ def load_examples(source: RowSource, block_size: int, mask_input: bool) -> Examp
         [example for share, example in kept if share >= limit],
         [example for share, example in kept if share < limit],
         notes,
+        without_surrogates(introductions.most_common(1)[0][0]),
     )
 
 
