@@ -664,7 +664,7 @@ def attempt(mutation: Mutation) -> bool:
     """Tell whether the tests of a copy without the guard fail."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy"
-        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "__pycache__", "out*"))
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "__pycache__", "out"))
         path = copy / mutation.file
         text = path.read_text()
         assert text.count(mutation.guard) == 1, f"{mutation.number}: the guard is not there"
