@@ -7,7 +7,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
-from training.arguments import Parser, fail
+from training.arguments import Parser, fail, path_str
 
 EXTRAS = ("transformers", "peft")
 
@@ -18,29 +18,41 @@ def build_parser() -> Parser:
     add = parser.add_argument_group("what to do, one of these").add_argument
     add(
         "--to_hugging_face",
+        type=path_str,
         metavar="DIR",
         help="Write the model, merged with its adapter if it has one, into a new folder that"
         " transformers loads.",
     )
     add(
         "--from_hugging_face",
+        type=path_str,
         metavar="NAME_OR_DIR",
         help="Make a checkpoint of GPT-2 weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl or another"
         " model on the Hugging Face Hub, or a folder.",
     )
-    add("--to_peft", metavar="DIR", help="Write the adapter into a new folder that peft loads.")
     add(
-        "--from_peft", metavar="DIR", help="Make a LoRA checkpoint of a peft adapter for the model."
+        "--to_peft",
+        type=path_str,
+        metavar="DIR",
+        help="Write the adapter into a new folder that peft loads.",
+    )
+    add(
+        "--from_peft",
+        type=path_str,
+        metavar="DIR",
+        help="Make a LoRA checkpoint of a peft adapter for the model.",
     )
 
     add = parser.add_argument_group("files").add_argument
     add(
         "--checkpoint_path",
+        type=path_str,
         default="./out/checkpoint.pt",
         help="The path to the checkpoint file on disk; --from_hugging_face writes it.",
     )
     add(
         "--lora_path",
+        type=path_str,
         default="./out/lora.pt",
         help="The path to the LoRA checkpoint; --from_peft writes it. To --to_hugging_face, without"
         " the flag it is merged if it is there and of this base; empty for none.",

@@ -28,6 +28,7 @@ from training.arguments import (
     add_seed,
     check_accumulation,
     dropout_float,
+    path_str,
     positive_float,
     positive_int,
 )
@@ -223,10 +224,16 @@ def build_parser() -> Parser:
     parser = Parser(prog="fine-tune.py", description=__doc__.splitlines()[0])
 
     add = parser.add_argument_group("model and data").add_argument
-    add("--base_model_path", default="./out/checkpoint.pt", help="Checkpoint of the base model.")
+    add(
+        "--base_model_path",
+        type=path_str,
+        default="./out/checkpoint.pt",
+        help="Checkpoint of the base model.",
+    )
     add("--preset", choices=list(PRESETS), help="Named defaults; single flags override them.")
     add(
         "--dataset",
+        type=path_str,
         default="alpaca",
         metavar="SOURCE",
         help="What to learn from: alpaca, stdlib, a .json, .jsonl, .csv or .parquet file of your"

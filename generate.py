@@ -16,6 +16,7 @@ from training.arguments import (
     add_seed,
     fail,
     non_negative_float,
+    path_str,
     positive_int,
     share_float,
 )
@@ -27,9 +28,15 @@ def build_parser() -> Parser:
     parser = Parser(prog="generate.py", description=__doc__)
 
     add = parser.add_argument_group("model").add_argument
-    add("--checkpoint_path", default="./out/checkpoint.pt", help="Checkpoint of the model.")
+    add(
+        "--checkpoint_path",
+        type=path_str,
+        default="./out/checkpoint.pt",
+        help="Checkpoint of the model.",
+    )
     add(
         "--lora_path",
+        type=path_str,
         default="./out/lora.pt",
         help="Adapter; by default used if it is there and of this base; empty for none.",
     )

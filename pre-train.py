@@ -31,6 +31,7 @@ from training.arguments import (
     dropout_float,
     non_negative_float,
     non_negative_int,
+    path_str,
     positive_float,
     positive_int,
 )
@@ -204,6 +205,7 @@ def build_parser() -> Parser:
     add = parser.add_argument_group("data").add_argument
     add(
         "--dataset",
+        type=path_str,
         nargs="+",
         action="extend",
         default=["openwebtext"],
@@ -212,7 +214,12 @@ def build_parser() -> Parser:
         " folder of your own text, or a dataset on the Hugging Face Hub (owner/name or"
         " owner/name:config).",
     )
-    add("--dataset_path", default="./dataset", help="Folder of the token files.")
+    add(
+        "--dataset_path",
+        type=path_str,
+        default="./dataset",
+        help="Folder of the token files.",
+    )
     add(
         "--num_dataset_processes",
         type=positive_int,
@@ -224,6 +231,7 @@ def build_parser() -> Parser:
     add("--preset", choices=list(PRESETS), help="Named defaults; single flags override them.")
     add(
         "--initial_checkpoint",
+        type=path_str,
         help="Checkpoint whose weights the run begins with; sizes that are not given are those of"
         " its model.",
     )

@@ -623,6 +623,15 @@ MUTATIONS = [
         '"default_introduction": INTRODUCTION',
         "it is asked in words that it never saw",
     ),
+    Mutation(
+        76,
+        "`--flag=~/x`, which no shell expands",
+        ("training/test_arguments", "tilde"),
+        "training/arguments.py",
+        "    path = os.path.expanduser(value)\n",
+        "    path = value\n",
+        "a folder of the name ~ is made",
+    ),
 ]
 
 

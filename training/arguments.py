@@ -100,8 +100,18 @@ def add_batches(add: Callable) -> None:
 
 
 def add_outputs(add: Callable, checkpoint_path: str, metrics_path: str) -> None:
-    add("--checkpoint_path", default=checkpoint_path, help="Where the checkpoint is saved.")
-    add("--metrics_path", default=metrics_path, help="Table of metrics, one row an epoch.")
+    add(
+        "--checkpoint_path",
+        type=path_str,
+        default=checkpoint_path,
+        help="Where the checkpoint is saved.",
+    )
+    add(
+        "--metrics_path",
+        type=path_str,
+        default=metrics_path,
+        help="Table of metrics, one row an epoch.",
+    )
 
 
 def add_intervals(add: Callable, evaluation: int, checkpoint: int) -> None:
@@ -179,6 +189,16 @@ def parse_bool(value: str) -> bool:
         return False
 
     raise argparse.ArgumentTypeError(f"must be True or False, {value} given")
+
+
+def path_str(value: str) -> str:
+    """Put the user's home in the place of ~, which no shell does behind an equals sign."""
+    path = os.path.expanduser(value)
+    if path.startswith("~"):
+        name = path.split("/")[0]
+        raise argparse.ArgumentTypeError(f"{name} is no home of a user; ./{name} is a folder")
+
+    return path
 
 
 def positive_int(value: str) -> int:
