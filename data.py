@@ -1,7 +1,9 @@
-"""What training reads: the stream of samples to learn from, and the windows to test on.
+"""Makes batches out of token files: the stream of training samples, and the windows to test on.
 
-Position decides: sample number i is a pure function of (seed, i), so that a run resumes with one
-integer, and the number of processes changes nothing but speed.
+Position decides: sample number i is a pure function of (seed, i). A run resumes from one integer,
+and the number of processes changes nothing but speed.
+
+A run asks `Corpus.batch` for a micro-batch by its number; `SampleStream` cuts it from the tokens.
 
 Axes of the tensors: B samples, T tokens (block_size).
 """
@@ -33,11 +35,11 @@ Sources = list[tuple[Source, float | None]]
 
 
 class TrainingData(Protocol):
-    """What a run needs of its data."""
+    """What a run needs of its data: Corpus in pre-training, InstructionData in fine-tuning."""
 
     @property
     def fingerprint(self) -> list:
-        """What tells a resumed run that these are its data."""
+        """Identifies the data: a resumed run compares it with the one in its checkpoint."""
         ...
 
     @property
@@ -50,10 +52,10 @@ class TrainingData(Protocol):
 
     @property
     def sources(self) -> Sequence[str]:
-        """The names of what is tested on, each apart."""
+        """The names of the sources; each has a test loss of its own."""
         ...
 
-    def numbers(self, update: int) -> range:
+    def batch_numbers(self, update: int) -> range:
         """Return the numbers of the micro-batches of an update."""
         ...
 
@@ -72,17 +74,17 @@ class TrainingData(Protocol):
 
 @dataclass
 class Corpus:
-    """The sources of pre-training, opened.
+    """The data of a pre-training run: its sources, opened.
 
     Args:
         stream: the samples to train on.
-        tests: the windows to test on, by source.
+        test_windows: the windows to test on, by source.
         batches_per_update: micro-batches of batch_size samples.
     """
 
     datasets: list[TokenDataset]
     stream: "SampleStream"
-    tests: dict[str, "EvaluationWindows"]
+    test_windows: dict[str, "EvaluationWindows"]
     batch_size: int
     batches_per_update: int
     updates_per_epoch: int
@@ -97,7 +99,7 @@ class Corpus:
 
     @property
     def sources(self) -> list[str]:
-        return list(self.tests)
+        return list(self.test_windows)
 
     @property
     def mean_length(self) -> int:
@@ -108,7 +110,7 @@ class Corpus:
         """The tokens to train on."""
         return sum(len(dataset.train) for dataset in self.datasets)
 
-    def numbers(self, update: int) -> range:
+    def batch_numbers(self, update: int) -> range:
         first = update * self.batches_per_update
         return range(first, first + self.batches_per_update)
 
@@ -116,7 +118,9 @@ class Corpus:
         return self.stream.batch(number * self.batch_size, self.batch_size)
 
     def test_batches(self) -> dict[str, Iterable[Batch]]:
-        return {name: windows.batches(self.batch_size) for name, windows in self.tests.items()}
+        return {
+            name: windows.batches(self.batch_size) for name, windows in self.test_windows.items()
+        }
 
     def mean_loss(self, losses: dict[str, float]) -> float:
         """Return the mean of the sources' losses by their weights."""
@@ -136,10 +140,10 @@ def parse_sources(values: Sequence[str], excluded: tuple[Path, ...]) -> Sources:
     """Read the values of `--dataset`.
 
     Args:
-        excluded: folders that are no part of a folder of text.
+        excluded: folders to skip inside a folder of text.
 
     Raises:
-        ValueError: when one names no source, or weights or names do not go together.
+        ValueError: when a value names no source, a name is given twice, or weights do not fit.
     """
     try:
         sources = [parse_source(value, excluded) for value in values]
@@ -154,7 +158,7 @@ def parse_sources(values: Sequence[str], excluded: tuple[Path, ...]) -> Sources:
 
 
 def open_corpus(settings: Namespace, sources: Sources, world: World) -> Corpus:
-    """Open the sources of a run, with the windows that its settings ask for.
+    """Open the sources of a run, for training and for testing.
 
     Raises:
         DataError: when files are damaged, or a source is unfit or too short.
@@ -174,7 +178,7 @@ def open_corpus(settings: Namespace, sources: Sources, world: World) -> Corpus:
 
 
 def open_datasets(settings: Namespace, sources: Sources, world: World) -> list[TokenDataset]:
-    """Open the token files of sources, after preparing those that are not there.
+    """Open the token files of sources; prepare those that are missing.
 
     Raises:
         DataError: when files are damaged, or a source is unfit.
@@ -187,38 +191,12 @@ def open_datasets(settings: Namespace, sources: Sources, world: World) -> list[T
     return datasets
 
 
-def resolve_weights(weights: Sequence[float | None], num_tokens: Sequence[int]) -> list[Fraction]:
-    """Turn the weights of `--dataset` into shares of the samples that add up to one.
-
-    Sources without a weight divide what the others leave by their numbers of tokens.
-
-    Raises:
-        ValueError: when weights leave nothing for the sources that have none.
-    """
-    # A weight is what was written, not the binary number next to it.
-    exact = [None if weight is None else Fraction(str(weight)) for weight in weights]
-    given = sum(weight for weight in exact if weight is not None)
-    unweighted = sum(n for n, weight in zip(num_tokens, exact, strict=True) if weight is None)
-    if not unweighted:
-        return [weight / given for weight in exact if weight is not None]
-
-    if given >= 1:
-        raise ValueError(
-            f"weights add up to {float(given):g}, which leaves nothing for the other sources"
-        )
-
-    return [
-        (1 - given) * Fraction(n, unweighted) if weight is None else weight
-        for n, weight in zip(num_tokens, exact, strict=True)
-    ]
-
-
 class SampleStream:
     """An endless sequence of training samples: sample number i is a pure function of (seed, i).
 
-    A pass over a source cuts its tokens, taken as a ring, into windows at a random phase and visits
-    them in a permuted order: each token is a target once before any is seen twice, except for fewer
-    than block_size tokens that fill no window. Sources take turns by their weights.
+    In each pass a source is a ring of tokens. The pass starts at a random token, cuts the ring into
+    windows and visits them in a permuted order. So each token is a target once before any is seen
+    twice, except for a rest of fewer than block_size tokens. Sources take turns by their weights.
 
     Args:
         sources: token ids of every source, uint16 (tokens).
@@ -244,16 +222,16 @@ class SampleStream:
                     f" {block_size + 1:,}; lower --block_size or give more text."
                 )
 
-        # Slices of plain arrays are made faster than those of mapped ones.
+        # Slicing a plain array is faster than slicing a memory-mapped one.
         self.sources = [np.asarray(tokens) for tokens in sources]
         self.block_size = block_size
         self.seed = seed
         self.turns = take_turns(weights)  # (period)
-        # How often each source has had its turn before each place of the period.
+        # For each place of the period: how many turns its source has had before it.
         self.ranks = np.empty_like(self.turns)
         self.counts = np.bincount(self.turns, minlength=len(sources))  # (sources)
 
-        # The shares of the samples that the sources have, as they came out.
+        # Each source's share of the samples, after rounding to the period.
         self.shares = (self.counts / len(self.turns)).tolist()
         for source in range(len(sources)):
             places = np.flatnonzero(self.turns == source)
@@ -263,19 +241,19 @@ class SampleStream:
         """Return samples first to first + batch_size - 1.
 
         Returns:
-            Token ids x and targets y, each int64 (B, T); y is x moved on by one token.
+            Token ids x and targets y, each int64 (B, T); y is x shifted by one token.
         """
         windows = np.empty((batch_size, self.block_size + 1), dtype=TOKEN_TYPE)  # (B, T + 1)
         for row, sample in enumerate(range(first, first + batch_size)):
-            tokens, start = self.place(sample)
+            tokens, start = self.locate(sample)
             window = tokens[start : start + self.block_size + 1]
             windows[row, : len(window)] = window
-            # Tokens are a ring: behind the last comes the first.
+            # Tokens are a ring: the first follows the last.
             windows[row, len(window) :] = tokens[: self.block_size + 1 - len(window)]
 
         return split_windows(windows)
 
-    def place(self, sample: int) -> tuple[np.ndarray, int]:
+    def locate(self, sample: int) -> tuple[np.ndarray, int]:
         """Return the source of a sample and where in it the sample begins."""
         period, place = divmod(sample, len(self.turns))
         source = int(self.turns[place])
@@ -290,9 +268,87 @@ class SampleStream:
         return tokens, start % len(tokens)
 
 
+class EvaluationWindows:
+    """Fixed, evenly spaced windows of a test split: the same ones at every evaluation.
+
+    Args:
+        max_windows: the most windows to take, evenly spaced; None takes all, side by side.
+
+    Raises:
+        DataError: when not even one window fits.
+    """
+
+    MAX_WINDOWS = 256
+
+    def __init__(self, tokens: np.ndarray, block_size: int, max_windows: int | None = MAX_WINDOWS):
+        available = (len(tokens) - 1) // block_size
+        if available < 1:
+            raise DataError(
+                f"The test data has {len(tokens):,} tokens, one window takes {block_size + 1:,};"
+                " lower --block_size or give more text."
+            )
+
+        self.tokens = tokens
+        self.block_size = block_size
+        self.starts = np.linspace(
+            0,
+            (available - 1) * block_size,
+            min(available, max_windows or available),
+            dtype=np.int64,
+        )
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    @property
+    def num_targets(self) -> int:
+        return len(self) * self.block_size
+
+    @property
+    def num_bytes(self) -> int:
+        """The UTF-8 bytes of the text of all targets."""
+        return sum(
+            int(token_sizes()[self.tokens[start + 1 : start + self.block_size + 1]].sum())
+            for start in self.starts
+        )
+
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        """Yield all windows as inputs and targets, int64 (B, T); the last batch may be smaller."""
+        for first in range(0, len(self.starts), batch_size):
+            starts = self.starts[first : first + batch_size]
+            windows = [self.tokens[start : start + self.block_size + 1] for start in starts]
+            yield split_windows(np.stack(windows))
+
+
+def resolve_weights(weights: Sequence[float | None], num_tokens: Sequence[int]) -> list[Fraction]:
+    """Turn the weights of `--dataset` into shares of the samples that add up to one.
+
+    Sources without a weight share the rest in proportion to their numbers of tokens.
+
+    Raises:
+        ValueError: when weights leave nothing for the sources that have none.
+    """
+    # Exact: 0.1 means one tenth, not the nearest binary fraction.
+    exact = [None if weight is None else Fraction(str(weight)) for weight in weights]
+    given = sum(weight for weight in exact if weight is not None)
+    unweighted = sum(n for n, weight in zip(num_tokens, exact, strict=True) if weight is None)
+    if not unweighted:
+        return [weight / given for weight in exact if weight is not None]
+
+    if given >= 1:
+        raise ValueError(
+            f"weights add up to {float(given):g}, which leaves nothing for the other sources"
+        )
+
+    return [
+        (1 - given) * Fraction(n, unweighted) if weight is None else weight
+        for n, weight in zip(num_tokens, exact, strict=True)
+    ]
+
+
 @functools.lru_cache(maxsize=64)
 def random_numbers(*key: int, count: int) -> list[int]:
-    """Return as many 64-bit numbers as asked for, a pure function of the key."""
+    """Return count random 64-bit numbers, a pure function of the key."""
     return np.random.SeedSequence(key).generate_state(count, np.uint64).tolist()
 
 
@@ -333,7 +389,7 @@ def count_turns(weights: Sequence[Fraction | float], max_period: int) -> list[in
         return [int(share * period) for share in shares]
 
     counts = [max(1, math.floor(share * max_period)) for share in shares]
-    # What rounding has left goes to those that lost most by it.
+    # The turns that rounding down has left go to the sources that lost most.
     losses = [share * max_period - count for share, count in zip(shares, counts, strict=True)]
     for source in sorted(range(len(shares)), key=lambda source: -losses[source]):
         counts[source] += sum(counts) < max_period
@@ -344,8 +400,8 @@ def count_turns(weights: Sequence[Fraction | float], max_period: int) -> list[in
 def permute(index: int, size: int, keys: Sequence[int]) -> int:
     """Map index to its place in a pseudo-random permutation of range(size), in constant time.
 
-    A Feistel network permutes the next power of four; places beyond size are walked on from (Black
-    and Rogaway 2002, Ciphers with Arbitrary Finite Domains).
+    A Feistel network permutes the next power of four; a place beyond size is permuted again (cycle
+    walking: Black and Rogaway 2002, Ciphers with Arbitrary Finite Domains).
 
     Args:
         keys: one 64-bit number for each round.
@@ -363,7 +419,7 @@ def permute(index: int, size: int, keys: Sequence[int]) -> int:
 
 
 def mix(value: int) -> int:
-    """Spread the bits of a 64-bit number over all of it (the finalizer of SplitMix64)."""
+    """Hash a 64-bit number (the finalizer of SplitMix64)."""
     value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
     value = (value ^ value >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
     return value ^ value >> 31
@@ -373,55 +429,3 @@ def split_windows(windows: np.ndarray) -> Batch:
     """Turn windows (B, T + 1) into inputs and targets, int64 (B, T)."""
     x, y = windows[:, :-1].astype(np.int64), windows[:, 1:].astype(np.int64)
     return torch.from_numpy(x), torch.from_numpy(y)
-
-
-class EvaluationWindows:
-    """Fixed, evenly spaced windows of a test split: the same ones at every evaluation.
-
-    Args:
-        max_windows: how many there are at most; None takes all, side by side.
-
-    Raises:
-        DataError: when not even one window fits.
-    """
-
-    MAX_WINDOWS = 256
-
-    def __init__(self, tokens: np.ndarray, block_size: int, max_windows: int | None = MAX_WINDOWS):
-        available = (len(tokens) - 1) // block_size
-        if available < 1:
-            raise DataError(
-                f"The test data has {len(tokens):,} tokens, one window takes {block_size + 1:,};"
-                " lower --block_size or give more text."
-            )
-
-        self.tokens = tokens
-        self.block_size = block_size
-        self.starts = np.linspace(
-            0,
-            (available - 1) * block_size,
-            min(available, max_windows or available),
-            dtype=np.int64,
-        )
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    @property
-    def num_targets(self) -> int:
-        return len(self) * self.block_size
-
-    @property
-    def num_bytes(self) -> int:
-        """The bytes of text, in UTF-8, that the targets stand for."""
-        return sum(
-            int(token_sizes()[self.tokens[start + 1 : start + self.block_size + 1]].sum())
-            for start in self.starts
-        )
-
-    def batches(self, batch_size: int) -> Iterator[Batch]:
-        """Yield all windows as inputs and targets, int64 (B, T); the last batch may be smaller."""
-        for first in range(0, len(self.starts), batch_size):
-            starts = self.starts[first : first + batch_size]
-            windows = [self.tokens[start : start + self.block_size + 1] for start in starts]
-            yield split_windows(np.stack(windows))

@@ -6,12 +6,12 @@
 import sys
 from pathlib import Path
 
-import system.threads  # noqa: F401, for what it does before torch is there
+import system.threads  # noqa: F401, sets environment variables that torch reads on import
 
 import torch
 
 from model import GPT
-from system.devices import PRECISIONS, compile_model, product_format, sum_of_rates
+from system.devices import PRECISIONS, compile_model, matmul_dtype, total_matmul_rate
 from system.distributed import World
 from text.rows import RowSource, load_examples, parse_row_source
 from training.arguments import (
@@ -39,7 +39,7 @@ from training.lora import add_lora, check_rank
 from training.optimizers import Optimizers, Schedule
 from training.outputs import check_outputs, outputs_by_flag, written_by
 from training.report import conclude_fine_tuning, describe_fine_tuning
-from training.resume import check_resumable, is_finished, restore, settle
+from training.resume import check_resumable, is_finished, prepare_resume, restore
 from training.run import Run
 from training.trainer import Trainer
 
@@ -57,7 +57,7 @@ PRESETS = {
     },
 }
 
-# What decides which examples come next, and what the adapter is: has to stay in a resumed run.
+# Flags that decide which examples come next and what the adapter is: a resumed run keeps them.
 FIXED_FLAGS = (
     "batch_size",
     "gradient_accumulation_steps",
@@ -66,7 +66,7 @@ FIXED_FLAGS = (
     "alpha",
     "optimizer",
 )
-# What may change then, and is said.
+# Flags that a resumed run may change; it prints the change.
 FREE_FLAGS = ("learning_rate", "dropout", "max_gradient_norm", "precision", "num_epochs")
 
 
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         world = job.connect()
         writer = job.claim_outputs()
         keys = ("lora_args", "lora", "base", "base_test_loss")
-        settings, checkpoint = settle(job.settings, world, keys)
+        settings, checkpoint = prepare_resume(job.settings, world, keys)
         check_same_run(settings, checkpoint)
         if is_finished(settings, checkpoint):
             return 0
@@ -91,7 +91,8 @@ def main(argv: list[str] | None = None) -> int:
         if base_loss is None:
             base_loss = test_base(trainer, data)
 
-        with Run(settings, trainer, data, writer, record(settings, data, base, base_loss)) as run:
+        metadata = checkpoint_metadata(settings, data, base, base_loss)
+        with Run(settings, trainer, data, writer, metadata) as run:
             for epoch in run.epochs():
                 for batches in run.updates(epoch):
                     trainer.update(batches)
@@ -104,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def read_base(settings: Settings, checkpoint: dict, world: World) -> tuple[GPT, str]:
-    """Read the base model, with its fingerprint.
+    """Read the base model and its fingerprint.
 
     Raises:
         CheckpointError: when it cannot be read, or a resumed run began with another.
@@ -149,7 +150,7 @@ def open_data(
 
 
 def build_trainer(settings: Settings, model: GPT, data: InstructionData, world: World) -> Trainer:
-    """Freeze the model, add the adapter with its first weights, and what trains it."""
+    """Freeze the model, add the adapter, and build its optimizers and the trainer."""
     torch.manual_seed(settings.seed)
     precision = PRECISIONS[settings.precision]
     add_lora(model, settings.rank, settings.alpha, settings.dropout, precision)
@@ -160,25 +161,27 @@ def build_trainer(settings: Settings, model: GPT, data: InstructionData, world: 
     return Trainer(
         model,
         network,
-        Optimizers(model, settings.optimizer, 0.0, world, product_format(settings.precision)),
+        Optimizers(model, settings.optimizer, 0.0, world, matmul_dtype(settings.precision)),
         schedule,
         world,
         settings.precision,
         settings.seed,
         settings.max_gradient_norm,
-        peak_rate=sum_of_rates(world, settings.precision),
+        peak_rate=total_matmul_rate(world, settings.precision),
         trained="lora",
     )
 
 
 def test_base(trainer: Trainer, data: InstructionData) -> float:
-    """Return the test loss of the base: the adapter is zero as long as nothing is trained."""
+    """Return the test loss of the base model: an untrained adapter adds zero."""
     with trainer.stoppable():
         return data.mean_loss(trainer.test(data))
 
 
-def record(settings: Settings, data: InstructionData, base: str, base_loss: float) -> dict:
-    """Return what a checkpoint holds beside the state of the trainer."""
+def checkpoint_metadata(
+    settings: Settings, data: InstructionData, base: str, base_loss: float
+) -> dict:
+    """Return the entries of a checkpoint beside the state of the trainer."""
     return {
         "lora_args": settings.select(("rank", "alpha")),
         "base": base,
@@ -194,7 +197,7 @@ def check_arguments(settings: Settings, num_processes: int) -> RowSource:
     check_outputs(settings)
     check_accumulation(settings, num_processes)
 
-    # Neither what is read may be written over, nor what is kept beside it.
+    # No output may overwrite an input, or a file that is kept beside it.
     inputs = {
         "the base model": {*written_by(settings.base_model_path)},
         "the dataset": {Path(settings.dataset[:255]).absolute().resolve()},

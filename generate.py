@@ -8,7 +8,7 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
-from system import threads  # noqa: F401, for what it does before torch is there
+from system import threads  # noqa: F401, sets environment variables that torch reads on import
 from training.arguments import (
     Parser,
     add_device,
@@ -74,7 +74,7 @@ def build_parser() -> Parser:
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse(argv)
 
-    # Only now, so that a wrong flag is answered at once.
+    # Imported late: a wrong flag is reported at once.
     from system.devices import DeviceError, resolve_device
     from system.memory import is_out_of_memory
     from text.errors import DataError
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
         return fail(error, status=2)
     except (CheckpointError, DataError, DeviceError, OSError) as error:
         if isinstance(error, BrokenPipeError):
-            # Who read has left; what Python still holds for it goes nowhere.
+            # The reader has closed the pipe: discard what Python still buffers for it.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
 
@@ -107,13 +107,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 class TextGenerator:
-    """A model that continues texts, as the arguments want it.
+    """A model that continues texts, with the settings of the arguments.
 
     Args:
-        needs_lora: whether the LoRA checkpoint was asked for, and so has to be there.
+        needs_lora: whether a flag named the adapter, which then has to exist.
 
     Raises:
-        CheckpointError: when a checkpoint is missing, damaged, or of no use here.
+        CheckpointError: when a checkpoint is missing, damaged or of the wrong kind.
     """
 
     def __init__(self, args: Namespace, device, needs_lora: bool):
@@ -139,7 +139,7 @@ class TextGenerator:
         )
 
     def answer(self, prompt: str, is_echoed: bool) -> None:
-        """Write continuations of a prompt to standard output; as it comes, if it is one."""
+        """Write continuations of a prompt to standard output; stream it if there is only one."""
         from inference.continuation import continue_text
         from inference.sampling import Sampler
 
@@ -184,7 +184,7 @@ class TextGenerator:
         return self.is_tuned and not self.args.raw
 
     def tokens(self, prompt: str) -> list[int]:
-        """Turn a prompt into what the model reads: its last tokens, and one at least."""
+        """Tokenize a prompt: its last block_size tokens, or end-of-text for an empty one."""
         from text.instructions import format_prompt
         from text.tokenizer import END_OF_TEXT, encode
 
@@ -206,7 +206,7 @@ class TextGenerator:
 
 
 def answer_all(args: Namespace, generator: TextGenerator) -> None:
-    """Answer the prompt that was given, or piped, or those that are asked for."""
+    """Answer --prompt, or standard input, or prompts that are typed one by one."""
     from text.tokenizer import without_surrogates
 
     if args.prompt is not None:
@@ -214,12 +214,12 @@ def answer_all(args: Namespace, generator: TextGenerator) -> None:
     elif not sys.stdin.isatty():
         generator.answer(read_piped_prompt(), is_echoed=True)
     else:
-        # Lines that are asked for can be edited then, and called back.
+        # Gives input() line editing and a history.
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401
 
         while (prompt := ask()) is not None:
-            # A terminal may have another encoding than its own.
+            # A terminal may send bytes that are not in its encoding.
             generator.answer(without_surrogates(prompt), is_echoed=False)
 
 
@@ -228,7 +228,7 @@ def read_piped_prompt() -> str:
     content = sys.stdin.buffer.read().removesuffix(b"\n")
     prompt = content.decode("utf-8", errors="replace")
     if prompt.encode() != content:
-        note("The prompt is not all UTF-8; what is not becomes \N{REPLACEMENT CHARACTER}.")
+        note("The prompt is not valid UTF-8; invalid bytes become \N{REPLACEMENT CHARACTER}.")
 
     return prompt
 
@@ -248,7 +248,7 @@ def write(text: str) -> None:
 
 
 def note(text: str) -> None:
-    """Print what is not part of the text."""
+    """Print a note on standard error: it is not part of the text."""
     print(text, file=sys.stderr, flush=True)
 
 

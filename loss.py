@@ -1,4 +1,8 @@
-"""The loss of a language model: output layer and cross entropy in one, a chunk at a time.
+"""Computes the loss of a language model: output layer and cross entropy, a chunk at a time.
+
+The logits of all positions would be the largest tensor of a training step: 4 x 1,024 positions of
+50,304 float32 logits are 824 MB, and their gradient as much again. So each chunk of positions is
+projected, measured and differentiated before the next one takes its memory.
 
 Axes of the tensors: B batch, T tokens, N = B x T positions, n positions of a chunk, D dimensions of
 a state, V vocabulary (padded).
@@ -14,15 +18,15 @@ from torch.autograd.function import once_differentiable
 class OutputLoss:
     """Project states to logits and take their mean cross entropy, a chunk of positions at a time.
 
-    Gives the loss of `cross_entropy(linear(z, weight)[..., :vocabulary_size], y)` and, once, its
-    gradients, but the logits of one chunk alone are ever in memory.
+    The loss is that of `cross_entropy(linear(z, weight)[..., :vocabulary_size], y)`, but only the
+    logits of one chunk are in memory. Its gradients can be taken once.
     """
 
     def __init__(self):
         self.exponentiate = exponentiate
 
     def compile(self, **kwargs) -> None:
-        """Compile what works on logits element by element, with the arguments of torch.compile."""
+        """Compile the element-wise part, with the arguments of torch.compile."""
         self.exponentiate = torch.compile(exponentiate, **kwargs)
 
     def __call__(self, z: Tensor, weight: Tensor, y: Tensor, vocabulary_size: int) -> Tensor:
@@ -34,7 +38,7 @@ class OutputLoss:
                 predicted.
             y: target ids, int64 (B, T); below 0 where a position is to have no loss.
         """
-        # The matrix products run at the precision of the surrounding autocast, as a Linear would.
+        # The matrix products have the precision of the surrounding autocast, as in a Linear.
         device = z.device.type
         is_mixed = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if is_mixed else weight.dtype
@@ -51,28 +55,12 @@ class OutputLoss:
         )
 
 
-def exponentiate(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Replace logits (n, V) by e = exp(logits - shift).
-
-    Compiled, it goes over them twice; operation by operation, five times.
-
-    Returns:
-        The shift, which is the greatest logit of a row, and the sum of e: float32 (n, 1) each.
-    """
-    # The logits themselves where they are in float32.
-    exact = logits.float()
-    shift = exact.amax(dim=-1, keepdim=True)
-    total = exact.sub_(shift).exp_().sum(dim=-1, keepdim=True)
-    logits.copy_(exact)
-    return shift, total
-
-
 class LinearCrossEntropy(torch.autograd.Function):
-    """The gradients are made together with the loss, while the logits of a chunk are at hand.
+    """Computes the gradients together with the loss, while the logits of a chunk are in memory.
 
     For one position with logits l = W z, target t and any shift m, let e = exp(l - m) and
     s = sum(e). Then loss = log(s) + m - l_t and d loss / d l = (e - s onehot(t)) / s = g / s, so
-    d loss / d z = g W / s and d loss / d W = g^T (z / s): nothing V wide has to be divided.
+    d loss / d z = g W / s and d loss / d W = g^T (z / s): no tensor of width V is divided.
     """
 
     @staticmethod
@@ -81,17 +69,17 @@ class LinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), device=z.device)
         dz = dweight = None
 
-        # What needs a gradient is told also where none are recorded.
+        # needs_input_grad is also set where gradients are off.
         if is_grad_enabled and ctx.needs_input_grad[0]:
             dz = torch.empty_like(z, dtype=torch.float32)
 
         if is_grad_enabled and ctx.needs_input_grad[1]:
             dweight = torch.zeros_like(weight, dtype=torch.float32)
 
-        # fp16 has few digits left below 6e-5: there g is divided and not z.
+        # fp16 loses digits below 6e-5, so there g is divided instead of z.
         is_normalized = dtype == torch.float16
-        # One buffer for all chunks: fresh memory is paid for in page faults.
-        chunk_size = size_of_chunk(z_low)
+        # One buffer for all chunks: new memory costs page faults.
+        chunk_size = choose_chunk_size(z_low)
         buffer = z_low.new_empty(chunk_size, len(weight))
         for start in range(0, len(z), chunk_size):
             rows = slice(start, start + chunk_size)
@@ -102,7 +90,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             logits = torch.mm(z_low[rows], weight_low.T, out=buffer[:n])  # (n, V)
             logits[:, vocabulary_size:] = -math.inf
             target_logits = logits.gather(1, targets).float()  # (n, 1)
-            # All of the buffer, also in a last chunk of fewer rows: compiled code knows one shape.
+            # The whole buffer, even in a shorter last chunk: compiled code has one shape.
             shift, total = (each[:n] for each in loss_function.exponentiate(buffer))
             target_e = (target_logits - shift).exp()
 
@@ -137,11 +125,27 @@ class LinearCrossEntropy(torch.autograd.Function):
         return dz, dweight, None, None, None, None, None
 
 
-def size_of_chunk(z: Tensor) -> int:
+def exponentiate(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Replace logits (n, V) by e = exp(logits - shift).
+
+    Compiled, it reads the logits twice; uncompiled, five times.
+
+    Returns:
+        The shift, which is the greatest logit of a row, and the sum of e: float32 (n, 1) each.
+    """
+    # Without a copy where logits are in float32 already.
+    exact = logits.float()
+    shift = exact.amax(dim=-1, keepdim=True)
+    total = exact.sub_(shift).exp_().sum(dim=-1, keepdim=True)
+    logits.copy_(exact)
+    return shift, total
+
+
+def choose_chunk_size(z: Tensor) -> int:
     """Return how many of the states (N, D) to project at a time.
 
-    On a CPU 128 rows of 50,304 logits in float32 stay in the outer cache, but products are faster
-    with more, which wins where states are wide; a GPU wants large kernels.
+    On a CPU 128 rows of 50,304 float32 logits stay in the last-level cache; wide states make more
+    rows faster still. A GPU wants large kernels.
     """
     num_rows, width = z.shape
     most = 4096 if z.is_cuda else min(max(128, 2 * width), 512) * 4 // z.element_size()
@@ -150,15 +154,15 @@ def size_of_chunk(z: Tensor) -> int:
 
 
 def output_memory(weight: Tensor, num_positions: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Return the bytes of the gradient of an output layer (V, D), and of what it takes to make it.
+    """Return the bytes of the gradient of an output layer (V, D), and of the buffers for it.
 
     Args:
         dtype: the format of the matrix products.
     """
     gradient = 4 * weight.numel()
     states = weight.new_empty(num_positions, weight.size(1), dtype=dtype)
-    logits = size_of_chunk(states) * len(weight) * dtype.itemsize
-    # Of the weights, and of what a chunk adds to their gradient.
+    logits = choose_chunk_size(states) * len(weight) * dtype.itemsize
+    # One of the weights, and one of a chunk's part of their gradient.
     copies = 0 if dtype == torch.float32 else 2 * weight.numel() * dtype.itemsize
     return gradient, logits + copies
 

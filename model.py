@@ -1,4 +1,4 @@
-"""A GPT-2-like language model.
+"""Defines the network: GPT-2, from token ids to logits or to the loss.
 
 Axes of the tensors: B batch, T tokens, S tokens in the cache, D embedding_dimensions, H attention
 heads, K = D / H.
@@ -24,7 +24,7 @@ class GPT(nn.Module):
     and Wolf 2017). Biases are left out unless asked for.
 
     Raises:
-        ValueError: when a size, or a combination of sizes, makes no model.
+        ValueError: when a size, or a combination of sizes, is not valid.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class GPT(nn.Module):
 
         check_sizes(embedding_dimensions, num_attention_heads)
 
-        # Matrix units want a multiple of 128 rows. The rows that fill up are zero and stay zero.
+        # Matrix units are fastest with a multiple of 128 rows. The padding rows stay zero.
         num_rows = math.ceil(vocabulary_size / 128) * 128
 
         self.vocabulary_size = vocabulary_size
@@ -67,7 +67,7 @@ class GPT(nn.Module):
 
         Args:
             x: token ids, int64 (B, T) with T <= block_size.
-            y: target ids, int64 (B, T); below 0 where a position is to have no loss.
+            y: target ids, int64 (B, T); below 0 at positions without loss.
 
         Returns:
             Without y the logits, (B, T, vocabulary_size); with y the mean cross entropy in nats
@@ -76,17 +76,17 @@ class GPT(nn.Module):
         Raises:
             ValueError: when T exceeds block_size.
         """
-        z = self.encode(x)  # (B, T, D)
+        z = self.hidden_states(x)  # (B, T, D)
         if y is None:
             return self.project(z)
 
         return self.output_loss(z, self.token_embeddings.weight, y, self.vocabulary_size)
 
-    def encode(self, x: Tensor, cache: "Cache | None" = None) -> Tensor:
-        """Turn token ids (B, T) into the states that the output layer reads, (B, T, D).
+    def hidden_states(self, x: Tensor, cache: "Cache | None" = None) -> Tensor:
+        """Turn token ids (B, T) into the input of the output layer, (B, T, D).
 
         Args:
-            cache: what came before x, to which x is added.
+            cache: keys and values of the tokens before x; those of x are added to it.
         """
         if x.size(1) > self.block_size:
             raise ValueError(
@@ -113,7 +113,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Draw all weights from N(0, 0.02), those that write to the residual stream smaller.
+        """Draw all weights from N(0, 0.02), smaller where they write to the residual stream.
 
         2 x num_hidden_layers sublayers add to the stream; dividing their scale by the root of that
         number keeps its variance (Radford et al. 2019, section 2.3).
@@ -133,13 +133,13 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def look_back(self) -> None:
-        """Let the first block begin with heads that attend to the last tokens, one each.
+        """Initialize the first block so that head h attends to the token h + 1 places before.
 
-        What a model otherwise spends its first hundreds of updates on. Positions become sines and
-        cosines (Vaswani et al. 2017), of wavelengths from 2 to block_size, in as many dimensions as
-        a head has; fewer than about 8 tell no distances apart. Their root mean square, 25 /
-        sqrt(D K), keeps up with token embeddings, which training moves further in a narrow model,
-        see optimizers.step_factors.
+        A model otherwise spends its first hundreds of updates on learning that. Positions become
+        sines and cosines (Vaswani et al. 2017), of wavelengths from 2 to block_size, in as many
+        dimensions as a head has; fewer than about 8 cannot separate distances. Their size, 25 /
+        sqrt(D K) as a root mean square, keeps up with token embeddings, which training moves
+        further in a narrow model, see optimizers.step_factors.
         """
         positions = self.position_embeddings.weight
         num_dimensions = self.embedding_dimensions
@@ -153,7 +153,7 @@ class GPT(nn.Module):
         self.blocks[0].attention.look_back(frequencies)
 
     def crop(self, block_size: int) -> None:
-        """Shorten the context: the positions beyond block_size are given up."""
+        """Shorten the context: drop the positions beyond block_size."""
         positions = self.position_embeddings
         positions.weight = nn.Parameter(positions.weight[:block_size].detach())
         self.block_size = positions.num_embeddings = len(positions.weight)
@@ -161,8 +161,8 @@ class GPT(nn.Module):
     def compile(self, **kwargs) -> None:
         """Compile the blocks and the loss in place, with the arguments of torch.compile.
 
-        All blocks run the same code, so one compilation serves them all whatever their number, and
-        parameters keep their names.
+        All blocks run the same code, so one compilation serves them all. Parameters keep their
+        names.
         """
         for block in self.blocks:
             block.compile(**kwargs)
@@ -171,7 +171,7 @@ class GPT(nn.Module):
 
     @property
     def num_parameters(self) -> int:
-        """The number of trained weights: padded rows do not count, tied weights count once."""
+        """The number of weights: padding rows do not count, tied weights count once."""
         total = sum(parameter.numel() for parameter in self.parameters())
         num_padded = self.token_embeddings.num_embeddings - self.vocabulary_size
         return total - num_padded * self.embedding_dimensions
@@ -209,10 +209,10 @@ class Block(nn.Module):
 
 
 class CausalSelfAttention(nn.Module):
-    """Let every position read itself and what is before it (Vaswani et al. 2017).
+    """Let every position attend to itself and to those before it (Vaswani et al. 2017).
 
-    softmax(Q K^T / sqrt(K)) V for each head, by the fastest kernel of the device. The attention
-    weights themselves are not dropped out: that would rule those kernels out on some devices.
+    softmax(Q K^T / sqrt(K)) V for each head, by the fastest kernel of the device. Attention
+    weights have no dropout: on some devices those kernels do not support it.
     """
 
     def __init__(self, embedding_dimensions: int, num_attention_heads: int, bias: bool):
@@ -223,7 +223,7 @@ class CausalSelfAttention(nn.Module):
         self.output = Linear(embedding_dimensions, embedding_dimensions, bias=bias)
 
     def forward(self, z: Tensor, cache: "LayerCache | None" = None) -> Tensor:
-        # Attention on a CPU takes a slow path for states that are not laid out row by row.
+        # Without contiguous() attention takes a slow path on a CPU.
         parts = self.query_key_value(z).contiguous()  # (B, T, 3 D)
         parts = parts.view(*z.shape[:2], 3, self.num_attention_heads, -1)  # (B, T, 3, H, K)
         query, key, value = parts.permute(2, 0, 3, 1, 4).unbind()  # (B, H, T, K) each
@@ -231,15 +231,16 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             key, value, mask = cache.add(parts)  # (B, H, S, K)
 
-        # A single token sees all that is visible; several that begin a text, what is before each.
+        # With a cache, a single token attends to all of it; a prompt needs the causal mask.
         is_causal = cache is None or query.size(2) > 1
         z = F.scaled_dot_product_attention(query, key, value, mask, is_causal=is_causal)
         return self.output(z.transpose(1, 2).flatten(2))  # from (B, H, T, K) to (B, T, D)
 
     def look_back(self, frequencies: Tensor) -> None:
-        """Let head h attend to the token h + 1 places before, by waves in the first dimensions.
+        """Initialize head h to attend to the token h + 1 places before.
 
-        Its keys are the waves, and its queries the waves turned back by as many places. Where waves
+        The first dimensions of the input hold waves of the position. The keys of head h are the
+        waves, and its queries the waves turned back by h + 1 places. Where waves
         outweigh the tokens, as they do up to some 768 dimensions, scores differ by up to 2.25
         sqrt(K) of a head's K dimensions. Wider models begin less sharply; at 1,024 dimensions a
         short run learned less with sharper scores, see benchmarks/README.md.
@@ -261,7 +262,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Widen fourfold, bend by GELU (its tanh form, as in GPT-2), and narrow again."""
+    """Two linear layers, 4 D wide in between, around a GELU (its tanh form, as in GPT-2)."""
 
     def __init__(self, embedding_dimensions: int, bias: bool):
         super().__init__()
@@ -270,14 +271,14 @@ class MLP(nn.Module):
         self.output = Linear(4 * embedding_dimensions, embedding_dimensions, bias=bias)
 
     def forward(self, z: Tensor) -> Tensor:
-        return recompute(self.narrow, self.hidden(z))
+        return recompute(self.gelu_and_project, self.hidden(z))
 
-    def narrow(self, z: Tensor) -> Tensor:
+    def gelu_and_project(self, z: Tensor) -> Tensor:
         return self.output(gelu(z))
 
 
 def gelu(z: Tensor) -> Tensor:
-    """Bend by GELU, which is z sigmoid(2 u) = z (1 + tanh(u)) / 2 in its tanh form.
+    """Return GELU in its tanh form, z sigmoid(2 u) = z (1 + tanh(u)) / 2.
 
     Compiled, the first form is twice as fast on a CPU; uncompiled, PyTorch has a kernel of its own.
     """
@@ -288,7 +289,7 @@ def gelu(z: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """A linear layer that generates text at the speed of memory.
+    """A linear layer that is fast for the few rows of a generation step.
 
     For a few rows, W z^T reads the weights up to twice as fast as z W^T (float32 on a CPU).
     """
@@ -304,9 +305,9 @@ class Linear(nn.Linear):
 
 
 def recompute(function: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
-    """Call a function of states; what it computes on the way is not kept, but computed again.
+    """Call a function of states without keeping its activations: the backward pass recomputes them.
 
-    The backward pass does so up to what it needs: a matrix product at the end is not repeated.
+    It recomputes only what it needs: a matrix product at the end is not repeated.
     """
     if not torch.is_grad_enabled():
         return function(z)
@@ -315,7 +316,7 @@ def recompute(function: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
 
 
 def is_generating(z: Tensor) -> bool:
-    """Tell whether states (…, D) are a few rows that nobody will want a gradient of."""
+    """Tell whether states (…, D) are a few rows on a CPU, without gradients."""
     return (
         not (torch.is_grad_enabled() or torch.compiler.is_compiling())
         and z.is_cpu
@@ -346,15 +347,15 @@ class LayerCache(Protocol):
     """Keys and values of one layer, of the tokens before."""
 
     def add(self, parts: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Take in those of new tokens, (B, T, 3, H, K); return all, (B, H, S, K), and the mask."""
+        """Add those of new tokens, (B, T, 3, H, K); return all, (B, H, S, K), and the mask."""
         ...
 
 
 class Cache(Protocol):
-    """What generation keeps of the tokens before, see inference/cache.py.
+    """Keys and values of the tokens before, see inference/cache.py.
 
     Attributes:
-        positions: of the tokens that are read next, int64 (T).
+        positions: the positions of the tokens that are read next, int64 (T).
         layers: one cache for each block.
     """
 

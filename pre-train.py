@@ -6,14 +6,14 @@
 import sys
 from pathlib import Path
 
-import system.threads  # noqa: F401, for what it does before torch is there
+import system.threads  # noqa: F401, sets environment variables that torch reads on import
 
 import torch
 from torch import Tensor
 
 from data import Corpus, Sources, open_corpus, open_datasets, parse_sources
 from model import GPT, check_sizes
-from system.devices import compile_model, product_format, sum_of_rates
+from system.devices import compile_model, matmul_dtype, total_matmul_rate
 from system.distributed import World
 from training.arguments import (
     Parser,
@@ -36,11 +36,11 @@ from training.arguments import (
     positive_int,
 )
 from training.evaluation import report_losses
-from training.initial import begin_with, read_model
+from training.initial import load_initial_weights, read_model
 from training.launch import Launch
 from training.optimizers import Optimizers, step_factors
 from training.outputs import check_outputs, outputs_by_flag
-from training.planning import estimate
+from training.planning import dry_run
 from training.recipe import build_schedule, model_args, num_updates, samples_per_update
 from training.report import (
     conclude_pre_training,
@@ -48,7 +48,7 @@ from training.report import (
     describe_model,
     describe_pre_training,
 )
-from training.resume import check_resumable, choose_precision, is_finished, restore, settle
+from training.resume import check_resumable, choose_precision, is_finished, prepare_resume, restore
 from training.run import Run
 from training.trainer import Trainer, load_weights
 
@@ -82,9 +82,9 @@ PRESETS = {
     "gpt2-xl": {"embedding_dimensions": 1600, "num_attention_heads": 25, "num_hidden_layers": 48},
 }
 
-# What decides which samples come next, and so has to stay when a run is resumed.
+# Flags that decide which samples come next: a resumed run has to keep them.
 FIXED_FLAGS = ("batch_size", "gradient_accumulation_steps", "samples_per_epoch", "optimizer")
-# What may change then, and is said.
+# Flags that a resumed run may change; it prints the change.
 FREE_FLAGS = (
     "learning_rate",
     "min_learning_rate",
@@ -107,8 +107,8 @@ def main(argv: list[str] | None = None) -> int:
             return 0
 
         writer = None if job.settings.dry_run else job.claim_outputs()
-        settings, checkpoint = settle(job.settings, world, ("model_args", "model"))
-        settings, weights = begin_with(settings, checkpoint)
+        settings, checkpoint = prepare_resume(job.settings, world, ("model_args", "model"))
+        settings, weights = load_initial_weights(settings, checkpoint)
         check_same_run(settings, checkpoint)
         if is_finished(settings, checkpoint):
             return 0
@@ -121,10 +121,11 @@ def main(argv: list[str] | None = None) -> int:
         compiled = compile_model(trainer.model, world.device, settings.compile)
         describe_pre_training(settings, trainer, corpus, compiled)
         if writer is None:
-            estimate(settings, trainer, corpus, job.libraries, job.settings.precision == "auto")
+            dry_run(settings, trainer, corpus, job.libraries, job.settings.precision == "auto")
             return 0
 
-        with Run(settings, trainer, corpus, writer, record(settings, corpus)) as run:
+        metadata = checkpoint_metadata(settings, corpus)
+        with Run(settings, trainer, corpus, writer, metadata) as run:
             for epoch in run.epochs():
                 for batches in run.updates(epoch):
                     trainer.update(batches)
@@ -137,10 +138,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def build_trainer(settings: Settings, weights: dict[str, Tensor], world: World) -> Trainer:
-    """Build the network, and what trains it.
+    """Build the model, its optimizers and the trainer.
 
     Args:
-        weights: that it begins with, by name; without any they are drawn.
+        weights: first weights by name; empty to draw them at random.
     """
     torch.manual_seed(settings.seed)
 
@@ -158,7 +159,7 @@ def build_trainer(settings: Settings, weights: dict[str, Tensor], world: World) 
             settings.optimizer,
             settings.weight_decay,
             world,
-            product_format(settings.precision),
+            matmul_dtype(settings.precision),
             step_factors(settings.embedding_dimensions, num_updates(settings)),
         ),
         build_schedule(settings),
@@ -166,7 +167,7 @@ def build_trainer(settings: Settings, weights: dict[str, Tensor], world: World) 
         settings.precision,
         settings.seed,
         settings.max_gradient_norm,
-        peak_rate=sum_of_rates(world, settings.precision),
+        peak_rate=total_matmul_rate(world, settings.precision),
     )
     if weights:
         load_weights(trainer.trained_weights(), weights)
@@ -174,8 +175,8 @@ def build_trainer(settings: Settings, weights: dict[str, Tensor], world: World) 
     return trainer
 
 
-def record(settings: Settings, corpus: Corpus) -> dict:
-    """Return what a checkpoint holds beside the state of the trainer."""
+def checkpoint_metadata(settings: Settings, corpus: Corpus) -> dict:
+    """Return the entries of a checkpoint beside the state of the trainer."""
     return {
         "model_args": model_args(settings),
         "dataset": corpus.fingerprint,
@@ -184,7 +185,7 @@ def record(settings: Settings, corpus: Corpus) -> dict:
 
 
 def evaluate(settings: Settings, sources: Sources, world: World) -> None:
-    """Print how well a checkpoint predicts text: --eval_only."""
+    """Print the loss of a checkpoint on each source: --eval_only."""
     settings, model = read_model(settings, Path(settings.checkpoint_path))
     is_open = settings.precision == "auto"
     precision = choose_precision(world) if is_open else settings.precision
@@ -310,7 +311,7 @@ def check_arguments(settings: Settings, num_processes: int) -> Sources:
         check_recipe(settings)
         check_accumulation(settings, num_processes)
 
-    # What a run writes below a folder of text is none of it.
+    # A folder of text may contain the outputs of the run: skip them.
     outputs = [
         Path(path).resolve().parent for path in (settings.checkpoint_path, settings.metrics_path)
     ]
@@ -321,10 +322,10 @@ def check_arguments(settings: Settings, num_processes: int) -> Sources:
 
 
 def check_modes(settings: Settings) -> None:
-    """Raise UsageError where flags name two things to do, or a file to be read and written over."""
+    """Raise UsageError where flags name two modes, or would overwrite --initial_checkpoint."""
     modes = [f"--{n}" for n in ("eval_only", "dry_run", "resume") if getattr(settings, n)]
     if "eval_split" in settings.given and not settings.eval_only:
-        raise UsageError("--eval_split: it says what --eval_only reads, which is not given")
+        raise UsageError("--eval_split needs --eval_only")
 
     if settings.eval_only and len(modes) > 1:
         raise UsageError(f"{' and '.join(modes)}: give one of them")
@@ -336,13 +337,13 @@ def check_modes(settings: Settings) -> None:
         for flag, files in outputs_by_flag(settings).items():
             if Path(settings.initial_checkpoint).resolve() in files:
                 raise UsageError(
-                    f"--initial_checkpoint: {settings.initial_checkpoint} would be written over;"
+                    f"--initial_checkpoint: {settings.initial_checkpoint} would be overwritten;"
                     f" choose another --{flag} for the new run"
                 )
 
 
 def check_recipe(settings: Settings) -> None:
-    """Raise UsageError where sizes or the numbers of a recipe do not fit together."""
+    """Raise UsageError where sizes, batches or learning rates do not fit together."""
     if not settings.initial_checkpoint:
         try:
             check_sizes(settings.embedding_dimensions, settings.num_attention_heads)
@@ -364,7 +365,7 @@ def check_recipe(settings: Settings) -> None:
 
 
 def check_same_run(settings: Settings, checkpoint: dict) -> None:
-    """Raise CheckpointError when a resumed run has other samples or another model."""
+    """Raise CheckpointError when the checkpoint has other samples or another model."""
     if not checkpoint:
         return
 

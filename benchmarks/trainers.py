@@ -7,7 +7,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from torch import nn  # noqa: E402
 
-from system.devices import product_format  # noqa: E402
+from system.devices import matmul_dtype  # noqa: E402
 from system.distributed import World  # noqa: E402
 from training.optimizers import Optimizers, Schedule  # noqa: E402
 from training.trainer import Trainer  # noqa: E402
@@ -20,7 +20,7 @@ def make_trainer(
     return Trainer(
         model,
         network,
-        Optimizers(model, optimizer, 0.1, world, product_format(precision)),
+        Optimizers(model, optimizer, 0.1, world, matmul_dtype(precision)),
         Schedule("constant", 5e-4, 0.0, 0, 1),
         world,
         precision,

@@ -1,1 +1,1 @@
-"""Generation."""
+"""Generates text: cache, sampling, decoding."""

@@ -1,4 +1,4 @@
-"""Keys and values of the tokens read so far, so that each is computed once.
+"""Keeps the keys and values of the tokens read so far: each is computed once.
 
 Axes of the tensors: B batch, T tokens, S tokens in the cache, H attention heads, K size of a head.
 """
@@ -10,7 +10,7 @@ from model import GPT
 
 
 class KeyValueCache:
-    """Keys and values of texts under way, so that each token is computed once; allocated once.
+    """Keys and values of a batch of texts, in tensors that are allocated once.
 
     Args:
         batch_size: how many texts are read side by side.
@@ -21,12 +21,12 @@ class KeyValueCache:
         num_heads = model.num_attention_heads
         size = (len(model.blocks), 2, batch_size, num_heads, model.block_size)
 
-        # Zeros, for what is masked is multiplied by zero, and that of a random number may be NaN.
+        # Zeros: masked values are multiplied by zero, which makes NaN of an uninitialized NaN.
         storage = weight.new_zeros(*size, model.embedding_dimensions // num_heads)
         self.layers = [LayerCache(self, keys_values) for keys_values in storage]
 
-        # Of the tokens to be read next: where they are, how much of the cache they may see, and
-        # which of it when that is not all before them.
+        # Of the tokens to be read next: their positions, how many entries of the cache they attend
+        # to, and the mask when some of these are not before them.
         self.positions = torch.zeros(1, dtype=torch.int64, device=weight.device)  # (T)
         self.num_visible = 0
         self.mask: Tensor | None = None  # bool (T, S)
@@ -40,7 +40,7 @@ class LayerCache:
         self.keys_values = keys_values
 
     def add(self, parts: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Take in those of new tokens, behind their queries in (B, T, 3, H, K).
+        """Add those of new tokens, which follow their queries in (B, T, 3, H, K).
 
         Returns:
             All that are visible, (B, H, S, K) each, and the mask.

@@ -1,4 +1,4 @@
-"""Continuations of a prompt as text, in whole characters as they come."""
+"""Continues a prompt as text: whole characters, as soon as they are complete."""
 
 import codecs
 from collections.abc import Iterator

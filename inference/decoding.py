@@ -1,4 +1,4 @@
-"""Generate text token by token.
+"""Generates tokens one by one, with the key-value cache or as a CUDA graph.
 
 Axes of the tensors: B batch, T tokens, S tokens in the cache, D embedding_dimensions, V vocabulary.
 """
@@ -15,7 +15,7 @@ from model import GPT
 
 
 class Decoder:
-    """Reads tokens, and predicts what follows each reading.
+    """Reads tokens, and predicts the next one after each reading.
 
     While a text fits the context, only new tokens are computed. Beyond it the context slides: every
     token has another position then, so the last block_size tokens are computed anew for each.
@@ -56,7 +56,7 @@ class Decoder:
         self.text = torch.cat([self.text, x], dim=1)
         if self.text.size(1) > block_size:
             self.text = self.text[:, -block_size:]
-            return self.predict(self.model.encode(self.text))
+            return self.predict(self.model.hidden_states(self.text))
 
         if self.use_graphs and first:
             return self.replay(x, first)
@@ -64,7 +64,7 @@ class Decoder:
         self.cache.positions = torch.arange(first, self.text.size(1), device=self.device)
         self.cache.num_visible = self.text.size(1)
         self.cache.mask = None
-        return self.predict(self.model.encode(x, self.cache))
+        return self.predict(self.model.hidden_states(x, self.cache))
 
     def predict(self, z: Tensor) -> Tensor:
         """Turn states (B, T, D) into the logits behind the last one, float32 (B, V)."""
@@ -103,7 +103,7 @@ class Decoder:
         self.cache.positions = self.position
         self.cache.num_visible = num_visible
         self.cache.mask = (places <= self.position)[None]  # (1, S)
-        return self.predict(self.model.encode(self.token, self.cache))
+        return self.predict(self.model.hidden_states(self.token, self.cache))
 
 
 def generate(

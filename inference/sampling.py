@@ -1,4 +1,4 @@
-"""The choice of the next token.
+"""Samples the next token from logits: temperature, top-k, top-p.
 
 Axes of the tensors: B batch, V vocabulary.
 """
@@ -14,8 +14,8 @@ class Sampler:
 
     Args:
         temperature: what logits are divided by; 0 takes the most probable token.
-        top_k: only so many of the most probable tokens may be taken.
-        top_p: of these only as many as together reach this probability (Holtzman et al. 2020).
+        top_k: keep only the k most probable tokens.
+        top_p: of these keep the smallest set with this probability (Holtzman et al. 2020).
     """
 
     temperature: float = 1.0
@@ -27,7 +27,7 @@ class Sampler:
 
         Args:
             logits: float32 (B, V).
-            uniform: random numbers in [0, 1), float32 (B): all the chance there is.
+            uniform: random numbers in [0, 1), float32 (B): the only source of randomness.
 
         Returns:
             Token ids, int64 (B).

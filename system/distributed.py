@@ -1,4 +1,4 @@
-"""One run on several processes, as torchrun starts them: which is which, and what they agree on.
+"""Joins the processes that torchrun starts into one run: ranks, agreement, sharding, failures.
 
 Gradients and weights travel by a process group of the device (NCCL, or gloo on a CPU). What the
 processes agree on, such as that it is time to stop, travels by one of its own on the CPU.
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# As good as none: how long to wait is decided where it is waited.
+# No timeout: wait_until decides how long to wait.
 NO_TIMEOUT = timedelta(days=365)
-# Seconds that torchrun has to end this process, before it speaks of another that was lost.
+# Seconds that torchrun has to end this process before it reports a lost one.
 PATIENCE = 5.0
 
 
@@ -38,7 +38,7 @@ class ProcessError(Exception):
 
 
 class LostProcessError(ProcessError):
-    """Another process ended, or does not answer; without a message where others tell it."""
+    """Another process ended or does not answer; no message when another process prints it."""
 
 
 class NoAnswerError(Exception):
@@ -90,7 +90,9 @@ class World:
 
         if not is_valid:
             text = ", ".join(f"{name}={value}" for name, value in given.items())
-            raise ProcessError(f"{text} is no place among processes; start them with torchrun.")
+            raise ProcessError(
+                f"{text} is not a valid rank layout; start the processes with torchrun."
+            )
 
         num_restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
         return cls(rank, size, local_rank, local_size, num_restarts)
@@ -171,41 +173,41 @@ class World:
         self.wait_until(answer)
         return word
 
-    def is_started_again(self) -> bool:
-        """Tell whether the run had begun when torchrun started it again; all have to ask.
+    def is_restarted(self) -> bool:
+        """Tell whether torchrun has restarted a run that had begun; all processes have to ask.
 
-        Machines count restarts for themselves: what they share says that it had.
+        Each machine counts its own restarts, so a store that they share decides, if there is one.
         """
         if self.size > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            return bool(self.from_first(self.is_first and self.base.check(["begun"])))
+            return bool(self.broadcast(self.is_first and self.base.check(["begun"])))
 
         return self.max(self.num_restarts) > 0
 
-    def note_beginning(self) -> None:
-        """Remember over restarts that what lies at the paths of this run is its own."""
+    def mark_started(self) -> None:
+        """Mark in the store that the run has begun: after a restart its files are its own."""
         if self.size > 1 and self.is_first:
             self.base.set("begun", "")
 
     def disconnect(self) -> None:
-        """Leave together: who leaves early can take the connections of others along.
+        """Leave together: leaving early can break the connections of others.
 
-        Whoever has left already stays so.
+        Does nothing after the first call.
         """
         if self.size > 1 and dist.is_initialized():
             self.max(0)
             dist.destroy_process_group()
 
-    # --- What all agree on ---
+    # --- Agreement ---
 
     def max(self, number: int) -> int:
         """Return the greatest of the numbers that the processes give."""
-        return self.exchange([number], dist.ReduceOp.MAX)[0]
+        return self.reduce_numbers([number], dist.ReduceOp.MAX)[0]
 
     def sum(self, *numbers: int) -> list[int]:
         """Return the sum over the processes of every number that they give."""
-        return self.exchange(numbers, dist.ReduceOp.SUM)
+        return self.reduce_numbers(numbers, dist.ReduceOp.SUM)
 
-    def from_first(self, number: int) -> int:
+    def broadcast(self, number: int) -> int:
         """Return the number that the first process gives."""
         return self.sum(number if self.is_first else 0)[0]
 
@@ -218,8 +220,8 @@ class World:
                 " the same files."
             )
 
-    def exchange(self, numbers: Iterable[int], operation) -> list[int]:
-        """Reduce numbers over all processes; give in when one does not answer in time."""
+    def reduce_numbers(self, numbers: Iterable[int], operation) -> list[int]:
+        """Reduce numbers over all processes; raise NoAnswerError when one takes too long."""
         tensor = torch.tensor(list(numbers), dtype=torch.int64)
         if self.size > 1:
             work = dist.all_reduce(tensor, operation, group=self.control, async_op=True)
@@ -229,7 +231,7 @@ class World:
         return tensor.tolist()
 
     def wait_until(self, is_done: Callable[[], bool], timeout: timedelta | None = None) -> None:
-        """Wait in Python, and not in the library, where a signal would not be heard."""
+        """Wait in Python: inside of the library no signal handler would run."""
         deadline = time.monotonic() + (timeout or self.timeout).total_seconds()
         pause = 1e-5
         while not is_done():
@@ -243,24 +245,24 @@ class World:
     def one_per_machine_first(self) -> Iterator[None]:
         """Let the first process of every machine pass, however long it takes; then the others."""
         if self.local_rank:
-            self.wait_for_all()
+            self.barrier()
 
         yield
         if not self.local_rank:
-            self.wait_for_all()
+            self.barrier()
 
-    def wait_for_all(self) -> None:
+    def barrier(self) -> None:
         if self.size > 1:
             work = dist.barrier(group=self.control, async_op=True)
             self.wait_until(work.is_completed, NO_TIMEOUT)
             work.wait()
 
-    # --- Who does what ---
+    # --- Work ---
 
-    def share(self, items: Iterable[T]) -> Iterator[tuple[T, bool]]:
+    def shard(self, items: Iterable[T]) -> Iterator[tuple[T, bool]]:
         """Yield every W-th item, and whether it is this process's own.
 
-        All processes get as many: where nothing is left for one, it gets another's.
+        All processes get the same number: when none is left for one, it gets another's.
         """
         items = iter(items)
         while group := list(islice(items, self.size)):
@@ -268,14 +270,13 @@ class World:
             yield group[self.rank if is_own else 0], is_own
 
     def wrap(self, model: nn.Module, layers: Iterable[nn.Module]) -> nn.Module:
-        """Bring a model to the device, as one of several that learn together.
+        """Move a model to the device, and wrap it in DDP or FSDP when there are several processes.
 
         Returns:
-            What to call for the loss that it learns by.
+            The network to call in training.
 
         Args:
-            layers: the parts whose weights are brought together, used, and dropped again, one
-                after the other, where `sharding` is full.
+            layers: the parts that FSDP gathers and frees one after the other.
         """
         if self.has_sharded_weights:
             from torch.distributed.device_mesh import init_device_mesh
@@ -308,14 +309,14 @@ class World:
 
         return network.no_sync()
 
-    def reduce(self, tensor: Tensor) -> Tensor:
+    def all_reduce(self, tensor: Tensor) -> Tensor:
         """Add up a tensor over all processes, in place."""
         if self.size > 1:
             dist.all_reduce(tensor)
 
         return tensor
 
-    # --- When it goes wrong ---
+    # --- Failures ---
 
     def is_lost_process(self, error: BaseException) -> bool:
         """Tell whether an error means that another process is gone."""
@@ -323,9 +324,9 @@ class World:
         return self.size > 1 and (is_remote or "gloo" in str(error))
 
     def describe_lost_process(self, is_stopped: Callable[[], bool]) -> str:
-        """Say which processes do not answer; empty when this one is to end, so that another will.
+        """Return which processes do not answer; empty when this one is asked to end, too.
 
-        Whoever dies is told by torchrun, which then ends the others.
+        torchrun reports a process that died, and ends the others.
 
         Args:
             is_stopped: tells whether a signal has come.
@@ -347,14 +348,14 @@ class World:
         return f"{lost} ended or does not answer."
 
     def is_first_to_fail(self) -> bool:
-        """Tell whether no other process has failed so far: what follows from that is not news."""
+        """Tell whether this process is the first to fail: only its error is printed."""
         if self.size == 1 or not hasattr(self, "store"):
             return self.is_first
 
         return self.ask_store(lambda store: store.add("failures", 1), 1) == 1
 
     def ask_store(self, question: Callable[[dist.Store], T], default: T) -> T:
-        """Ask what the processes have met at; it can be gone, or hang, like the rest."""
+        """Ask the store in a thread, as it can be gone or hang; return default when it does."""
         answers = []
 
         def ask() -> None:
@@ -378,9 +379,9 @@ def own_part(tensor: Tensor) -> Tensor:
 
 
 def unshard(value):
-    """Put together what is spread over processes, in tensors or containers of them.
+    """Gather sharded tensors, in containers of any depth, on the CPU of the first process.
 
-    All processes have to call it; what was spread comes to the first one alone, on its CPU.
+    All processes have to call it; the others get None for a sharded tensor.
     """
     if is_sharded(value):
         tensor = value.full_tensor()
@@ -396,7 +397,7 @@ def unshard(value):
 
 
 def shard_like(tensor: Tensor, model: Tensor) -> Tensor:
-    """Return this process's part of a whole tensor, if model is spread over processes."""
+    """Shard a whole tensor like model; return it unchanged when model is not sharded."""
     if not is_sharded(model):
         return tensor
 
@@ -408,7 +409,7 @@ def shard_like(tensor: Tensor, model: Tensor) -> Tensor:
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
-    """Scale gradients down to a norm of max_norm at most; return what it was."""
+    """Clip the norm of the gradient to max_norm; return the norm before."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     return norm.full_tensor() if is_sharded(norm) else norm
 

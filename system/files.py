@@ -1,7 +1,6 @@
-"""Files that are whole or absent: every file of this project is written here (law 2).
+"""Writes files and folders that are whole or absent (law 2 in CONTRIBUTING.md).
 
-A file is written under a temporary name in its folder, forced onto the disk, and renamed. So is a
-folder of files.
+Each is written under a temporary name in the same folder, forced onto the disk, and renamed.
 """
 
 import contextlib
@@ -12,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-# Stands in a folder that is being filled: what a killed run has left can be removed.
+# A file in a folder that is being filled: leftovers of a killed run can be recognised.
 MARK = ".incomplete"
 
 
@@ -28,7 +27,7 @@ def lock_path(path: Path) -> Path:
 def replaced(
     path: Path, mode: str = "wb", temporary: Path | None = None, is_forced: bool = True, **options
 ) -> Iterator[IO]:
-    """Yield a file that takes the place of the one at path when it is whole, or not at all.
+    """Yield a file to write; it replaces the one at path when the block ends without an error.
 
     Args:
         mode, options: as for open.

@@ -1,4 +1,4 @@
-"""A lock between processes on any file system: a file that its holder creates and keeps touching.
+"""Locks a path between processes, on any file system: the holder creates a file and touches it.
 
 Only one process can create the file. The file locks of the system are not used, because a network
 file system may grant them without locking anything.

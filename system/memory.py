@@ -1,4 +1,4 @@
-"""The memory of a process: how much there is, how much is used, and when it has run out."""
+"""Measures the memory of a process: how much there is, how much is used, when it has run out."""
 
 import contextlib
 import ctypes
@@ -47,8 +47,8 @@ def library_memory(device: torch.device) -> int:
     return total - free - torch.cuda.memory_reserved(device)
 
 
-def whole_memory(device: torch.device) -> float:
-    """Return the bytes that this process could have in all; infinite where nobody knows."""
+def total_memory(device: torch.device) -> float:
+    """Return the bytes that this process could have in all; infinite where that is unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
 

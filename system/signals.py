@@ -1,4 +1,4 @@
-"""Signals that ask a run to end: remembered until it can save."""
+"""Remembers the signals that ask a run to end until it can save."""
 
 import os
 import signal

@@ -22,10 +22,10 @@ def files_in(folder: Path) -> list[str]:
 
 def with_right_checksum(content: bytes) -> bytes:
     """Give what is in front of the checksum the one that it should have."""
-    size = len(checkpoint.comment_of(0))
+    size = len(checkpoint.checksum_comment(0))
     archive = content[:-size] + checkpoint.NO_COMMENT
 
-    return content[:-size] + checkpoint.comment_of(zlib.crc32(archive))
+    return content[:-size] + checkpoint.checksum_comment(zlib.crc32(archive))
 
 
 KILL_AT = f"""{SAVE_AT_ONCE}

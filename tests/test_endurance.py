@@ -262,7 +262,7 @@ CONTAINERS = {
     "old": lambda path, payload: torch.save(payload, path, _use_new_zipfile_serialization=False),
     "pickle": lambda path, payload: path.write_bytes(pickle.dumps(payload)),
     "summed": lambda path, payload: path.write_bytes(
-        with_right_checksum(pickle.dumps(payload) + checkpoint.comment_of(0))
+        with_right_checksum(pickle.dumps(payload) + checkpoint.checksum_comment(0))
     ),
 }
 

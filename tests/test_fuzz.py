@@ -105,7 +105,7 @@ def test_any_command_line(monkeypatch, tmp_path, check_answer, name, number):
         monkeypatch.setattr(script, "answer_all", lambda *args: None)
     else:
         # As a run that has no epoch left.
-        monkeypatch.setattr(script, "settle", lambda settings, *_: (settings, {}))
+        monkeypatch.setattr(script, "prepare_resume", lambda settings, *_: (settings, {}))
         monkeypatch.setattr(script, "is_finished", lambda *_: True)
 
     actions = script.build_parser()._actions

@@ -222,7 +222,7 @@ def test_piped_input_that_is_no_utf8(run, monkeypatch):
 
     assert status == 0
     assert output.startswith("a \N{REPLACEMENT CHARACTER} b")
-    assert "not all UTF-8" in errors
+    assert "not valid UTF-8" in errors
 
 
 @contextlib.contextmanager
@@ -394,8 +394,8 @@ def unknown_size(state: dict) -> None:
         (remove("model"), "it has no model"),
         (remove("model_args"), "it has no model_args"),
         (put_nan, "norm.weight holds values that are not finite"),
-        (misfit, "makes no model"),
-        (unknown_size, "makes no model"),
+        (misfit, "does not describe a valid model"),
+        (unknown_size, "does not describe a valid model"),
         (other_tokenizer, "was trained on cl100k_base"),
     ],
 )
@@ -558,7 +558,7 @@ def test_an_adapter_of_another_model_is_passed_over_unless_named(run, checkpoint
     _, output, errors = run("--prompt=a", *FAST)
 
     assert output == alone
-    assert "out/lora.pt was trained on another base model; it is left out" in errors
+    assert "out/lora.pt was trained on another base model; it is ignored" in errors
 
 
 def test_an_adapter_can_be_left_out(run, checkpoint, tmp_path):

@@ -69,10 +69,10 @@ def test_run_begins_with_the_weights_and_sizes(pre_train, small, initial, tmp_pa
 
 
 def test_the_weights_are_not_held_during_the_run(pre_train, small, initial, tmp_path, monkeypatch):
-    begin_with, references, alive = pre_train.begin_with, [], []
+    load_initial_weights, references, alive = pre_train.load_initial_weights, [], []
 
     def beginning(*args):
-        settings, weights = begin_with(*args)
+        settings, weights = load_initial_weights(*args)
         references.extend(map(weakref.ref, weights.values()))
 
         return settings, weights
@@ -83,7 +83,7 @@ def test_the_weights_are_not_held_during_the_run(pre_train, small, initial, tmp_
         return real(self, *args)
 
     real = pre_train.Run.finish
-    monkeypatch.setattr(pre_train, "begin_with", beginning)
+    monkeypatch.setattr(pre_train, "load_initial_weights", beginning)
     monkeypatch.setattr(pre_train.Run, "finish", finish)
 
     assert pre_train.main(flags(small, initial, *FROZEN, out=tmp_path)) == 0

@@ -223,7 +223,7 @@ def test_second_signal_leaves_at_once(small, tmp_path):
     ("place", "position"),
     [
         ("trainer.Trainer.evaluate", 6),
-        ("trainer.Trainer.warm_up", 0),
+        ("trainer.Trainer.fix_bucket_order", 0),
         ("trainer.Trainer.state_dict", 3),
         ("trainer.Trainer.finish_epoch", 3),
     ],
@@ -351,7 +351,7 @@ def test_epoch_of_no_whole_number_of_updates(pre_train, small, folders, capsys):
     pre_train.main(small(out=left))
     pre_train.main(small("--samples_per_epoch=15", out=right))
 
-    assert "an epoch holds whole updates alone" in capsys.readouterr().out
+    assert "an epoch holds whole updates only" in capsys.readouterr().out
     assert_same_run(left / "checkpoint.pt", right / "checkpoint.pt")
 
 

@@ -1,6 +1,6 @@
-"""The command line: a parser with presets, and the types of values.
+"""Parses the command line: presets, types of values, and the flags that scripts share.
 
-Nothing here imports torch, so that a wrong flag is answered at once.
+Nothing here imports torch: a wrong flag is reported at once.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 
 
 class UsageError(ValueError):
-    """Arguments that do not fit together, or not what was found in the files that they name."""
+    """Arguments do not fit together, or do not fit the files that they name."""
 
 
 class Settings(argparse.Namespace):
@@ -76,7 +76,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def is_first() -> bool:
-    """Tell whether this is the process that speaks for all that torchrun has started."""
+    """Tell whether this is rank 0, the only process that prints."""
     return os.environ.get("RANK", "0") == "0"
 
 

@@ -1,7 +1,7 @@
-"""Checkpoints that are whole or absent, and prove it when they are read.
+"""Writes and reads checkpoints: each is whole or absent, and its checksum proves it.
 
-A file is written under a temporary name in its folder, forced to the disk and renamed. Its last
-bytes are a checksum. The last file, the one before and the best by test loss stay side by side.
+`save_checkpoint` writes a file by `system.files.replaced`: temporary name, fsync, rename. Its last
+bytes are a checksum. The latest file, the previous one and the best by test loss stay side by side.
 """
 
 import contextlib
@@ -29,9 +29,9 @@ from text.tokenizer import ENCODING
 from training.lora import merge_lora
 
 FORMAT_VERSION = 1
-# What a checkpoint has to hold for its model to be built.
+# The keys that build_model needs.
 MODEL_KEYS = ("model_args", "model", "encoding")
-# And what an adapter has to hold to be merged.
+# The keys that merge_adapter needs.
 LORA_KEYS = ("lora_args", "lora", "base")
 
 ZIP_MAGIC = b"PK\x03\x04"
@@ -40,11 +40,11 @@ NO_COMMENT = struct.pack("<H", 0)
 
 
 class CheckpointError(Exception):
-    """A checkpoint that is missing, damaged or of no use here; the message is one line."""
+    """A checkpoint is missing, damaged or of the wrong kind; the message is one line."""
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of a run behind its next steps, one after the other.
+    """Writes the checkpoints of a run in the background, one after the other.
 
     Args:
         locks: of the files of the run.
@@ -57,7 +57,7 @@ class CheckpointWriter:
         self.pending: Future | None = None
 
     def save(self, state: dict, is_best: bool = False) -> None:
-        """Copy a state, and leave it to be written; where memory is short, write it at once.
+        """Copy a state and write the copy in the background; without memory for it, write at once.
 
         Raises:
             CheckpointError: when it cannot be written, or belongs to another run.
@@ -67,7 +67,7 @@ class CheckpointWriter:
         try:
             self.wait()
         except CheckpointError:
-            # What was in the way may be gone; if not, that is to be known now.
+            # The cause may be gone by now; if not, the run has to know at once.
             can_wait = False
 
         if can_wait:
@@ -86,7 +86,7 @@ class CheckpointWriter:
 
     @property
     def has_failed(self) -> bool:
-        """Whether the last checkpoint was not written; false as long as that is open."""
+        """Whether the last write has failed; false while it is under way."""
         pending = self.pending
         return bool(pending and pending.done() and pending.exception())
 
@@ -102,12 +102,12 @@ class CheckpointWriter:
 
 
 def can_copy(state: dict | list) -> bool:
-    """Tell whether memory holds a copy of a state, and as much again."""
+    """Tell whether memory has room for two copies of a state."""
     return 2 * num_bytes(state) < available_memory()
 
 
 def copy_to_cpu(value):
-    """Return a copy of containers of tensors that later steps do not change."""
+    """Copy tensors, in containers of any depth, to the CPU; later steps do not change the copy."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
 
@@ -133,19 +133,19 @@ def claimed(path: Path, flag: str) -> Iterator[Lock]:
     """Hold the lock of an output file, and prove that it can be written.
 
     Args:
-        flag: that named it.
+        flag: the flag that named the file.
 
     Raises:
         CheckpointError: when it cannot be written, or another process is writing it.
     """
     with contextlib.ExitStack() as stack:
-        with reported_errors(path):
+        with convert_write_errors(path):
             if path.is_dir():
                 raise IsADirectoryError(errno.EISDIR, "Is a directory")
 
             path.parent.mkdir(parents=True, exist_ok=True)
             lock = stack.enter_context(lock_output(path, flag))
-            # Not before: another run may be writing under this name.
+            # Only under the lock: another run may be writing to this name.
             temporary_path(path).write_bytes(b"")
 
             # Also what a killed run has left.
@@ -159,7 +159,7 @@ def lock_output(path: Path, flag: str) -> Lock:
     """Take the lock of an output path.
 
     Args:
-        flag: that named it.
+        flag: the flag that named the path.
 
     Raises:
         CheckpointError: when another process is writing it.
@@ -167,8 +167,8 @@ def lock_output(path: Path, flag: str) -> Lock:
     """
 
     def report(holder: str) -> None:
-        silence = f"{PATIENCE:.0f} s of silence"
-        print(f"Wait:   {path} is locked by {holder}; taken over after {silence}", flush=True)
+        limit = f"{PATIENCE:.0f} s without a heartbeat"
+        print(f"Wait:   {path} is locked by {holder}; taking over after {limit}", flush=True)
 
     try:
         return Lock(lock_path(path), wait=False, on_wait=report)
@@ -179,7 +179,8 @@ def lock_output(path: Path, flag: str) -> Lock:
 
 
 @contextlib.contextmanager
-def reported_errors(path: Path) -> Iterator[None]:
+def convert_write_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError into a CheckpointError that names the path."""
     try:
         yield
     except OSError as error:
@@ -191,21 +192,20 @@ def reported_errors(path: Path) -> Iterator[None]:
 def save_checkpoint(path: Path, state: dict, is_best: bool = False) -> None:
     """Write a checkpoint that is whole or absent, and keep the previous one beside it.
 
-    The file is a zip archive as torch.save writes it; its comment is the CRC-32 of what it was
-    without one.
+    The file is the zip archive that torch.save writes. The comment of the archive is the CRC-32 of
+    all bytes before it.
 
     Raises:
         CheckpointError: when it cannot be written; the files that were there are untouched.
     """
     try:
         with replaced(path) as file, ThreadPoolExecutor(max_workers=1) as executor:
-            write_archive(summed := SummedFile(file, executor), state)
+            write_archive(summed := ChecksumFile(file, executor), state)
             file.seek(-len(NO_COMMENT), os.SEEK_END)
-            file.write(comment_of(summed.checksum))
+            file.write(checksum_comment(summed.checksum))
             sync(file)
 
-            # In this order a kill between two moves leaves nothing that the run will not write
-            # again.
+            # In this order a kill between two steps loses nothing: the run writes it again.
             if is_best:
                 duplicate(temporary_path(path), best_path(path))
 
@@ -214,15 +214,15 @@ def save_checkpoint(path: Path, state: dict, is_best: bool = False) -> None:
     except OSError as error:
         raise CheckpointError(
             f"{path} could not be saved: {error.strerror}. Earlier checkpoints are untouched;"
-            " make room, then go on with --resume."
+            " free some space, then continue with --resume."
         ) from error
 
 
-class SummedFile:
-    """A file that is written from its beginning to its end, and the CRC-32 of that.
+class ChecksumFile:
+    """A file that is written front to back, and the CRC-32 of its bytes.
 
     Args:
-        executor: sums up what is being written meanwhile.
+        executor: computes the checksum while the bytes are being written.
     """
 
     def __init__(self, file: IO[bytes], executor: ThreadPoolExecutor):
@@ -240,18 +240,18 @@ class SummedFile:
         self.file.flush()
 
 
-def comment_of(checksum: int) -> bytes:
-    """Return the comment of a zip archive that holds its checksum, behind its length."""
+def checksum_comment(checksum: int) -> bytes:
+    """Return the end of an archive: the length of its comment, then the checksum as comment."""
     comment = f"crc32:{checksum:08x}".encode()
     return struct.pack("<H", len(comment)) + comment
 
 
-def write_archive(file: SummedFile, state: dict) -> None:
-    """Write a state as torch.save does, and raise OSError where that hides one."""
+def write_archive(file: ChecksumFile, state: dict) -> None:
+    """Write a state by torch.save; raise the OSError that torch.save hides in a RuntimeError."""
     try:
         torch.save(state, file)  # type: ignore[arg-type]
     except RuntimeError as error:
-        # When a write fails, closing the archive fails in turn, and that is what comes out.
+        # When a write fails, closing the archive fails too, and torch raises that second error.
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
 
@@ -290,9 +290,9 @@ def load_checkpoint(path: Path, required: Iterable[str], is_mapped: bool = False
     """Read a checkpoint whose checksum is right, onto the CPU.
 
     Args:
-        required: keys without which it is of no use here.
-        is_mapped: whether tensors stay in the file until they are read, so that several processes
-            have them in memory once.
+        required: the keys that it has to hold.
+        is_mapped: whether tensors stay in the file until they are read; processes then share one
+            copy in memory.
 
     Raises:
         CheckpointError: when the file is missing, damaged, foreign, or of another kind or version.
@@ -320,7 +320,9 @@ def load_checkpoint(path: Path, required: Iterable[str], is_mapped: bool = False
         )
 
     if missing := [key for key in required if key not in state]:
-        raise CheckpointError(f"{path} is of no use here: it has no {', '.join(missing)}.")
+        raise CheckpointError(
+            f"{path} is another kind of checkpoint: it has no {', '.join(missing)}."
+        )
 
     if "model" in state:
         state["model"] = {plain_name(name): weight for name, weight in state["model"].items()}
@@ -329,7 +331,7 @@ def load_checkpoint(path: Path, required: Iterable[str], is_mapped: bool = False
 
 
 def plain_name(name: str) -> str:
-    """Take off what wrappers for compilation and distribution put in front of a weight's name."""
+    """Remove the prefixes that torch.compile and DistributedDataParallel add to a weight's name."""
     parts = name.split(".")
     return ".".join(part for part in parts if part not in ("_orig_mod", "module"))
 
@@ -345,14 +347,14 @@ def verify_checksum(path: Path) -> None:
         if magic and magic != ZIP_MAGIC[: len(magic)]:
             raise CheckpointError(f"{path} is not a checkpoint.{hint}")
 
-        remaining = max(0, size - len(comment_of(0)))
+        remaining = max(0, size - len(checksum_comment(0)))
         checksum = 0
         file.seek(0)
         while chunk := file.read(min(1 << 24, remaining)):
             checksum = zlib.crc32(chunk, checksum)
             remaining -= len(chunk)
 
-        if file.read() != comment_of(zlib.crc32(NO_COMMENT, checksum)):
+        if file.read() != checksum_comment(zlib.crc32(NO_COMMENT, checksum)):
             raise CheckpointError(f"{path} is damaged, or not of this project.{hint}")
 
 
@@ -363,20 +365,20 @@ def build_model(state: dict, path: Path) -> GPT:
         state: what load_checkpoint has read from path.
 
     Raises:
-        CheckpointError: when it belongs to another tokenizer, or makes no model.
+        CheckpointError: when it belongs to another tokenizer, or describes no valid model.
     """
     if state["encoding"] != ENCODING:
         raise CheckpointError(f"{path} was trained on {state['encoding']}, {ENCODING} is needed.")
 
     try:
-        # Weights that are about to be replaced need not be drawn.
+        # On the meta device no weights are drawn, as the next line replaces them.
         with torch.device("meta"):
             model = GPT(**state["model_args"])
 
         model.load_state_dict(state["model"], assign=True)
     except (TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(
-            f"{path} makes no model: {' '.join(str(error).split())[:200]}"
+            f"{path} does not describe a valid model: {' '.join(str(error).split())[:200]}"
         ) from error
 
     check_finite(state["model"], path)
@@ -423,7 +425,7 @@ def merge_adapter(model: GPT, path: Path, is_needed: bool) -> str | None:
 
     state = load_checkpoint(path, LORA_KEYS)
     if not is_needed and state["base"] != fingerprint(model.state_dict()):
-        print(f"Note: {path} was trained on another base model; it is left out.", file=sys.stderr)
+        print(f"Note: {path} was trained on another base model; it is ignored.", file=sys.stderr)
         return None
 
     merge_lora_checkpoint(model, state, path)
@@ -456,6 +458,6 @@ def check_base(state: dict, base: str, path: Path) -> None:
     """Raise CheckpointError unless an adapter was trained on the base with this fingerprint."""
     if state["base"] != base:
         raise CheckpointError(
-            f"{path} was trained on another base model than this; give its checkpoint, or another"
-            " LoRA file."
+            f"{path} was trained on another base model than this; give that model's checkpoint, or"
+            " another LoRA file."
         )

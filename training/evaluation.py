@@ -1,4 +1,4 @@
-"""How well a model predicts a source: loss, perplexity, and bits a byte."""
+"""Measures how well a model predicts a source: loss, perplexity, and bits a byte."""
 
 import itertools
 import math
@@ -32,7 +32,7 @@ def report_losses(
     Bits a byte compare models whose tokens differ in length.
 
     Args:
-        is_all: whether all of a source is read, and not what is held back to test on alone.
+        is_all: whether to read all of a source instead of its test split.
 
     Raises:
         Interrupted: when a signal has come.

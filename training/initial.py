@@ -1,4 +1,4 @@
-"""The model that a run begins with: of the flags, of another checkpoint, or of its own."""
+"""Chooses the sizes and the first weights of a model: from flags, or from a checkpoint."""
 
 from pathlib import Path
 
@@ -12,11 +12,13 @@ from training.checkpoint import MODEL_KEYS, CheckpointError, build_model, load_c
 SIZES = ("block_size", "embedding_dimensions", "num_attention_heads", "num_hidden_layers")
 
 
-def begin_with(settings: Settings, checkpoint: dict) -> tuple[Settings, dict[str, Tensor]]:
-    """Settle the sizes of the model; with --initial_checkpoint those not given are its own.
+def load_initial_weights(
+    settings: Settings, checkpoint: dict
+) -> tuple[Settings, dict[str, Tensor]]:
+    """Choose the sizes of the model, and read the weights of --initial_checkpoint if it is given.
 
     Args:
-        checkpoint: what is resumed; empty for a new run.
+        checkpoint: the checkpoint of a resumed run; empty for a new run.
 
     Returns:
         The settings, and the weights of --initial_checkpoint by name, empty without one.
@@ -34,7 +36,7 @@ def begin_with(settings: Settings, checkpoint: dict) -> tuple[Settings, dict[str
 
     if settings.initial_checkpoint:
         settings, model = read_model(settings, Path(settings.initial_checkpoint))
-        print(f"Begin:  with the weights of {settings.initial_checkpoint}")
+        print(f"Start:  from the weights of {settings.initial_checkpoint}")
         return settings, model.state_dict()
 
     return settings.replace(bias=False), {}

@@ -1,4 +1,4 @@
-"""Rows of questions and answers in micro-batches, to fine-tune on.
+"""Makes batches out of instruction rows: what fine-tuning trains and tests on.
 
 Axes of the tensors: B rows, T tokens.
 """
@@ -22,8 +22,8 @@ IGNORE_INDEX = -100
 class InstructionData:
     """Rows to fine-tune on, in endless micro-batches.
 
-    An epoch visits every example once in a random order. Of the next POOL batches those of like
-    length are put together, so that little is padding, and then come in a random order.
+    An epoch visits every example once in a random order. To save padding, the examples of POOL
+    batches are sorted by length and cut into batches, which then come in a random order.
 
     Args:
         name: of the source.
@@ -68,7 +68,7 @@ class InstructionData:
         """The updates of an epoch; the last one has the batches that are left."""
         return math.ceil(self.batches_per_epoch / self.batches_per_update)
 
-    def numbers(self, update: int) -> range:
+    def batch_numbers(self, update: int) -> range:
         epoch, update = divmod(update, self.updates_per_epoch)
         first = update * self.batches_per_update
         last = min(first + self.batches_per_update, self.batches_per_epoch)
@@ -119,7 +119,7 @@ def collate(examples: Sequence[Example], batch_size: int, block_size: int) -> Ba
     """Put examples into one batch, padded at the right, and filled up with empty rows.
 
     Returns:
-        Token ids x and targets y, int64 (B, T); y is IGNORE_INDEX where nothing is to be predicted.
+        Token ids x and targets y, int64 (B, T); y is IGNORE_INDEX at positions without loss.
         T is a multiple of 8, as matrix units like it, or block_size.
     """
     longest = max(len(example.tokens) for example in examples) - 1

@@ -1,4 +1,4 @@
-"""A training script from its flags to its exit status: processes, device, locks, errors in a line.
+"""Starts and ends a training script: flags, processes, device, locks, errors, exit status.
 
 with Launch(parser, presets, argv) as job:
     check_arguments(job.settings)
@@ -36,9 +36,9 @@ class Launch:
     """Run the body of a script: what it raises becomes one line and an exit status.
 
     Attributes:
-        settings: the flags as they were given.
+        settings: the flags.
         world: the processes of the run, which meet in connect.
-        libraries: bytes of memory that the process had by then, before there was a model.
+        libraries: the memory of the process after connect, before there is a model, in bytes.
         status: the exit status, 0 unless something was raised.
 
     Raises:
@@ -113,7 +113,7 @@ class Launch:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> bool:
-        """Tell what went wrong, and leave; raise again what nobody expected."""
+        """Print an expected error as one line; raise any other one again."""
         with self.stack:
             is_leaving = error is None
             try:
@@ -127,9 +127,10 @@ class Launch:
             if message and self.world.is_first_to_fail():
                 fail(message)
 
-            # Nothing is waited for that others would have to answer. Who fails to leave them may
-            # have said `return 0` already.
-            if self.world.size > 1 and (is_leaving or dist.is_initialized()):
+            # Exit at once: other processes, or a thread of a library, may not answer any more.
+            # When leaving them failed, the script may have said `return 0` already.
+            may_hang = isinstance(error, ProcessError) or dist.is_initialized()
+            if self.world.size > 1 and (is_leaving or may_hang):
                 try:
                     self.stack.close()
                     sys.stdout.flush()
@@ -141,7 +142,7 @@ class Launch:
     def explain(self, error: BaseException) -> tuple[int, str]:
         """Return the exit status and the line for what ended the script, empty for none.
 
-        Raises again what nobody expected.
+        Raises any unexpected error again.
         """
         world = self.world
         if isinstance(error, Interrupted):
@@ -181,7 +182,7 @@ def silenced() -> Iterator[None]:
 
 
 def wait_for_last_write(writer: CheckpointWriter) -> None:
-    """Wait for a checkpoint that is being written; its failure is a note when others have asked."""
+    """Wait for a checkpoint that is being written; print its failure as a note."""
     try:
         writer.wait()
     except Exception as error:  # whatever it is, what ended the run comes first

@@ -1,4 +1,4 @@
-"""Low-rank adaptation (Hu et al. 2021): a small trained addition to the frozen weights of a model.
+"""Adds LoRA adapters to a model (Hu et al. 2021): small trained additions to frozen weights.
 
 Every adapted weight W, (out, in), becomes W + alpha B A with A, (R, in), and B, (out, R). Alpha is
 the factor itself; libraries that divide by the rank R call R x alpha what is alpha here.
@@ -20,8 +20,8 @@ class LoraLinear(Linear):
 
     Args:
         frozen: the layer that is adapted; its weight is taken over.
-        dtype: the format that this weight is kept in; what is multiplied in it anyway takes no
-            harm from it, and half the memory.
+        dtype: the format of this weight. A half-size format saves memory and loses nothing where
+            matrix products use it anyway.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class LoraLinear(Linear):
         self.alpha = alpha
         self.dropout = nn.Dropout(dropout)
 
-        # The adapter keeps float32, in whatever format the frozen weights are.
+        # The adapter is float32, whatever the format of the frozen weights.
         device = frozen.weight.device
         self.lora_a = nn.Parameter(torch.empty(rank, self.in_features, device=device))
         self.lora_b = nn.Parameter(torch.zeros(self.out_features, rank, device=device))
@@ -80,7 +80,7 @@ def linear_layers(model: GPT) -> dict[str, nn.Linear]:
 
 
 def check_rank(rank: int, embedding_dimensions: int) -> None:
-    """Raise ValueError unless a rank is one that makes an adapter smaller than the weight."""
+    """Raise ValueError unless the rank is from 1 to the width of the model."""
     if not 1 <= rank <= embedding_dimensions:
         raise ValueError(
             f"The rank must be from 1 to {embedding_dimensions}, the dimensions of the model;"

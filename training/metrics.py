@@ -1,6 +1,6 @@
-"""The record of a run: its rows as a table, as a picture, in TensorBoard, and in a line for people.
+"""Records the metrics of a run: a CSV table, a picture, TensorBoard, and a line to print.
 
-A row is a dictionary of numbers, one an epoch; None stands for a test that was not due.
+A row is a dictionary of numbers, one an epoch; None where no test was due.
 """
 
 import csv

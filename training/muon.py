@@ -1,4 +1,4 @@
-"""Muon: momentum whose updates of a matrix are made nearly orthogonal.
+"""Implements Muon: momentum whose update of a matrix is made nearly orthogonal.
 
 Axes of the tensors: N matrices, R rows, C columns.
 """
@@ -13,15 +13,15 @@ from torch.optim import Optimizer
 class Muon(Optimizer):
     """Momentum whose updates of a matrix are made nearly orthogonal (Jordan et al. 2024).
 
-    The rows of an update, one for each neuron, are brought to one size by what theirs were in the
-    updates before (NorMuon, Li et al. 2025). The whole has the root mean square of an update of
-    AdamW (Liu et al. 2025), so that one learning rate serves both.
+    Each row of an update, one for each neuron, is divided by the running root mean square of that
+    row (NorMuon, Li et al. 2025). The whole has the root mean square of an update of AdamW (Liu et
+    al. 2025): one learning rate serves both.
 
     Args:
         dtype: the format of the matrix products; the momentum has that of the weights.
     """
 
-    # How much of the mean square of a row is remembered from update to update.
+    # The decay of the running mean squares of rows.
     MEMORY = 0.95
     # The size of AdamW's updates, as a root mean square, when gradients are mostly noise.
     SIZE = 0.2
@@ -40,7 +40,7 @@ class Muon(Optimizer):
 
     @staticmethod
     def state_shapes(matrix: Tensor) -> dict[str, tuple[int, int]]:
-        """Return what is kept of a matrix."""
+        """Return the shapes of the state of a matrix (R, C), by name."""
         num_rows, num_columns = matrix.shape
         return {"momentum_buffer": (num_rows, num_columns), "mean_squares": (num_rows, 1)}
 
@@ -81,16 +81,16 @@ class Muon(Optimizer):
 
 
 def batches_of_one_shape(matrices: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Yield lists of matrices of one shape, to be treated in one go.
+    """Yield lists of matrices of one shape, to be updated together.
 
-    A GPU would wait for launches otherwise; on a CPU large matrices are faster alone.
+    One by one, a GPU would wait for launches; on a CPU large matrices are faster alone.
     """
     by_shape: dict[torch.Size, list[Tensor]] = {}
     for matrix in matrices:
         by_shape.setdefault(matrix.shape, []).append(matrix)
 
     for shape, same in by_shape.items():
-        # The elements of a list of several bound the memory that it takes.
+        # The most elements in a list of several bounds their memory.
         max_size = 1 << 16 if same[0].is_cpu else 1 << 25
         length = max(1, max_size // shape.numel())
         for first in range(0, len(same), length):
@@ -112,7 +112,7 @@ def orthogonalize(z: Tensor) -> Tensor:
     if len(z) == 1:
         (z,), add_product = z, torch.addmm
 
-    # The product of the matrix with itself is smaller that way.
+    # Wide, for the smaller Gram matrix.
     if is_tall:
         z = z.mT
 
@@ -126,5 +126,5 @@ def orthogonalize(z: Tensor) -> Tensor:
 
 
 def momentum(step: int) -> float:
-    """Return how much of the gradients before Muon remembers: less while these soon grow old."""
+    """Return the momentum of Muon, which rises while early gradients soon go out of date."""
     return 0.85 + 0.1 * min(1.0, step / 300)

@@ -1,4 +1,4 @@
-"""What moves the weights: AdamW and Muon, on one process or shared out; the learning rate."""
+"""Updates the weights: AdamW, or Muon with AdamW, on any number of processes; the schedule."""
 
 import functools
 import itertools
@@ -20,9 +20,9 @@ class Optimizers:
     AdamW decays matrices only (Loshchilov and Hutter 2019); Muon's alone decay where it is chosen.
 
     Args:
-        dtype: the format of matrix products.
-        factors: what step_factors returned, where Muon is to go by it; without, every step is as
-            far as the learning rate says.
+        dtype: the format of Muon's matrix products.
+        factors: what step_factors returns; Muon's steps and those of its AdamW are multiplied by
+            it. None means 1 everywhere.
     """
 
     def __init__(
@@ -37,27 +37,27 @@ class Optimizers:
         kinds = weights_by_kind(model)
 
         self.parts: list[Optimizer] = []
-        self.is_shared = world.size > 1 and not world.has_sharded_weights
+        self.uses_zero = world.size > 1 and not world.has_sharded_weights
         if world.size > 1:
-            from training.sharding import ShardedMuon, SharedOptimizer
+            from training.sharding import ShardedMuon, ZeroOptimizer
 
         betas = (0.9, 0.95)
         decays = dict.fromkeys(kinds, 0.0)
         factors = factors if factors and name == "muon" else {}
         if name == "muon":
-            # Beside Muon the rest learns more when it forgets directions sooner and sizes later,
-            # see benchmarks/README.md.
+            # Beside Muon, AdamW learns more with a shorter memory of directions and a longer one of
+            # sizes, see benchmarks/README.md.
             betas = (0.8, 0.99)
             groups = [
                 {"params": matrices, "weight_decay": weight_decay, "factor": factors.get(kind, 1.0)}
-                for kind, matrices in by_direction(model, kinds.pop("hidden")).items()
+                for kind, matrices in split_hidden(model, kinds.pop("hidden")).items()
                 if matrices
             ]
             if world.has_sharded_weights:
                 self.parts.append(ShardedMuon(groups, dtype, world))
-            elif self.is_shared:
+            elif self.uses_zero:
                 muon = functools.partial(Muon, dtype=dtype)
-                self.parts.append(SharedOptimizer(groups, muon, is_elementwise=False))
+                self.parts.append(ZeroOptimizer(groups, muon, is_elementwise=False))
             else:
                 self.parts.append(Muon(groups, dtype))
         else:
@@ -69,14 +69,14 @@ class Optimizers:
         ]
         options: dict = {"betas": betas, "fused": world.device.type in ("cpu", "cuda")}
         if groups := [group for group in groups if group["params"]]:
-            if self.is_shared:
-                self.parts.append(SharedOptimizer(groups, AdamW, is_elementwise=True, **options))
+            if self.uses_zero:
+                self.parts.append(ZeroOptimizer(groups, AdamW, is_elementwise=True, **options))
             else:
                 self.parts.append(AdamW(groups, **options))
 
     def unscale(self, scaler: torch.amp.GradScaler) -> None:
         for part in self.parts:
-            if self.is_shared:
+            if self.uses_zero:
                 part.take_gradients()  # type: ignore[attr-defined]
 
             scaler.unscale_(part)
@@ -85,7 +85,7 @@ class Optimizers:
         """Update the weights.
 
         Args:
-            step: the number of updates before.
+            step: the number of updates before this one.
         """
         for part in self.parts:
             for group in part.param_groups:
@@ -101,15 +101,15 @@ class Optimizers:
 
     @property
     def num_bytes(self) -> int:
-        """The size of the state that this process keeps."""
+        """The bytes of the optimizer state that this process holds."""
         states = [getattr(part, "optim", part).state for part in self.parts]
         tensors = [t for state in states for values in state.values() for t in values.values()]
         return sum(own_part(tensor).nbytes for tensor in tensors)
 
     def state_dict(self) -> list[dict]:
-        """Return the state of all weights as torch's optimizers do, complete on the first process.
+        """Return the state of all weights, as torch's optimizers do.
 
-        All processes have to call it.
+        All processes have to call it; only the first one gets all of the state.
         """
         return [unshard(part.state_dict()) for part in self.parts]
 
@@ -128,10 +128,10 @@ class Optimizers:
 
 
 def regroup(saved: dict, optimizer: Optimizer) -> dict:
-    """Divide saved weights among the groups of an optimizer, which has the settings of this run.
+    """Fit a saved state to the groups of an optimizer, which has the settings of this run.
 
     Raises:
-        ValueError: when there are more weights, or fewer.
+        ValueError: when the number of weights differs.
     """
     groups = saved["param_groups"]
     sizes = getattr(optimizer, "group_sizes", [len(g["params"]) for g in optimizer.param_groups])
@@ -141,12 +141,12 @@ def regroup(saved: dict, optimizer: Optimizer) -> dict:
 
     order = list(range(num_saved))
 
-    # Version 1 began with all matrices in one group of Muon, in the order of the network: by turns
-    # one that reads the residual stream and one that writes to it.
+    # Early checkpoints have all matrices in one group of Muon, in the order of the network: one
+    # that reads the residual stream, one that writes to it, and so on.
     if "momentum" in optimizer.param_groups[0] and len(groups) < len(sizes):
         order = order[::2] + order[1::2]
 
-    # Weights go on with the steps that they began with, whatever step_factors says by now.
+    # A resumed run keeps the factors that it began with, whatever step_factors returns now.
     factors = [group.get("factor", 1.0) for group in groups for _ in group["params"]]
     numbers = iter(range(num_saved))
     shares = [list(itertools.islice(numbers, size)) for size in sizes]
@@ -162,7 +162,7 @@ def regroup(saved: dict, optimizer: Optimizer) -> dict:
 
 
 def weights_by_kind(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """Return the weights that are trained: hidden matrices, embeddings, positions and vectors."""
+    """Sort trained weights by kind: hidden matrices, embeddings, positions and vectors."""
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     kinds: dict[str, list[nn.Parameter]] = {
         kind: [] for kind in ("hidden", "embeddings", "positions", "vectors")
@@ -181,7 +181,7 @@ def weights_by_kind(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     return kinds
 
 
-def by_direction(model: nn.Module, matrices: Iterable[Tensor]) -> dict[str, list[Tensor]]:
+def split_hidden(model: nn.Module, matrices: Iterable[Tensor]) -> dict[str, list[Tensor]]:
     """Divide hidden matrices into those that write to the residual stream and the others."""
     writers = {id(w) for name, w in model.named_parameters() if name.endswith("output.weight")}
     kinds: dict[str, list[Tensor]] = {"hidden": [], "residual": []}
@@ -192,21 +192,21 @@ def by_direction(model: nn.Module, matrices: Iterable[Tensor]) -> dict[str, list
 
 
 def step_factors(width: int, num_updates: int) -> dict[str, float]:
-    """Return how far, in learning rates, a step of each kind goes in pre-training with Muon.
+    """Return the factor of the learning rate for each kind of weights, in pre-training with Muon.
 
     The kinds are those of weights_by_kind; `residual` are the hidden matrices that write to the
     residual stream.
 
-    So that one rate, 5e-4, may serve any width D: what a layer puts out should change as much by a
-    step in a wide model as in a narrow one (Yang et al. 2022, muP). An update of Muon with the root
+    With them one rate, 5e-4, serves any width D: a step should change the output of a layer as much
+    in a wide model as in a narrow one (Yang et al. 2022, muP). An update of Muon with the root
     mean square of AdamW's stretches states by sqrt(D); one of AdamW moves logits, sums over D, by
-    D. So the embeddings that begin the residual stream move less in wide models, and what is added
-    to it has to grow as slowly, or it drowns them. Positions begin as waves that are worth keeping.
+    D. So the embeddings, which begin the residual stream, move less in wide models. What blocks add
+    has to grow as slowly, or it drowns them. Positions begin as waves that are worth keeping.
 
-    And so that it may serve runs of any length: the noise of T updates adds up to sqrt(T) steps.
-    Their size matters little: by one comparison 16,384 tokens instead of 4,096 raise the best rate
-    by a quarter. From 2,800 updates on the steps stay at a half: runs of more than 3,000 have not
-    been tried.
+    They also make one rate serve runs of any length: the noise of T updates adds up to sqrt(T)
+    steps. The size of an update matters little: in one comparison 16,384 tokens instead of 4,096
+    raised the best rate by a quarter. From 2,800 updates on the steps stay at a half: runs of more
+    than 3,000 have not been tried.
 
     The constants are from runs at 128 wide, the 32 from 128 to 512, the 700 at 256, see
     benchmarks/README.md.
@@ -223,7 +223,7 @@ def step_factors(width: int, num_updates: int) -> dict[str, float]:
 
 
 def shard_state(state: dict, optimizer: Optimizer) -> dict:
-    """Cut the state of an optimizer like its weights, where these are spread over processes."""
+    """Shard the state of an optimizer like its weights."""
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     return {
         **state,

@@ -1,4 +1,4 @@
-"""The files that a run writes, and that they get in nobody's way."""
+"""Lists the files that a run writes, and checks that they do not overwrite each other."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ def outputs_by_flag(settings: Settings) -> dict[str, list[Path]]:
     """Return all files that a run writes, by the flags that name them."""
     return {
         "checkpoint_path": written_by(settings.checkpoint_path),
-        "metrics_path": recorded_by(settings.metrics_path),
+        "metrics_path": metrics_files(settings.metrics_path),
     }
 
 
@@ -23,7 +23,7 @@ def written_by(checkpoint_path: str) -> list[Path]:
     return [*files, *map(temporary_path, files), lock_path(path)]
 
 
-def recorded_by(metrics_path: str) -> list[Path]:
+def metrics_files(metrics_path: str) -> list[Path]:
     """Return all files that a run with this --metrics_path writes: its table, then the others."""
     table = Path(metrics_path).resolve()
     picture = picture_path(Path(metrics_path)).resolve()
@@ -31,8 +31,8 @@ def recorded_by(metrics_path: str) -> list[Path]:
 
 
 def check_outputs(settings: Settings) -> None:
-    """Raise UsageError when the metrics would be written over a checkpoint or their picture."""
-    table, *others = recorded_by(settings.metrics_path)
+    """Raise UsageError when metrics, picture and checkpoint would overwrite each other."""
+    table, *others = metrics_files(settings.metrics_path)
     checkpoints = written_by(settings.checkpoint_path)
     if table in checkpoints:
         raise UsageError("--metrics_path: this is the path of a checkpoint")

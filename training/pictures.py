@@ -1,4 +1,4 @@
-"""The picture of a run: its losses and its learning rate over tokens, drawn by matplotlib as SVG.
+"""Draws the losses and the learning rate of a run over its tokens, by matplotlib as SVG.
 
 The SVG has the colors of light pages; its style sheet replaces them where pages are dark.
 """

@@ -1,4 +1,4 @@
-"""What a run will take, found out by a few updates of it: memory and seconds."""
+"""Predicts the memory and the time of a run from a few of its updates: --dry_run."""
 
 import math
 import statistics
@@ -15,11 +15,11 @@ from loss import output_memory
 from model import GPT
 from system.devices import PRECISIONS, autocast, matmul_rate, synchronize
 from system.distributed import own_part, unshard
-from system.memory import library_memory, num_bytes, peak_memory, whole_memory
+from system.memory import library_memory, num_bytes, peak_memory, total_memory
 from training.arguments import Settings
 from training.checkpoint import can_copy, copy_to_cpu
 from training.recipe import num_updates, tokens_per_update
-from training.run import load_update
+from training.run import load_micro_batches
 from training.trainer import MicroBatches, Trainer
 
 # Updates are timed for so many seconds, or once.
@@ -73,7 +73,7 @@ def make_plan(trainer: Trainer, data: TrainingData, libraries: int) -> Plan:
         Interrupted: when a signal has come.
     """
     device, model = trainer.device, trainer.model
-    micro_batches = load_update(data, trainer.step, trainer.world)
+    micro_batches = load_micro_batches(data, trainer.step, trainer.world)
     test_batch = next(iter(data.test_batches()[data.sources[0]]))
     with trainer.stoppable():
         start = seconds_of(device, trainer.take_step, micro_batches[:1])
@@ -90,7 +90,7 @@ def make_plan(trainer: Trainer, data: TrainingData, libraries: int) -> Plan:
         model.token_embeddings.weight, micro_batches[0][1].numel(), PRECISIONS[trainer.precision]
     )
     kept = kept_memory(trainer, micro_batches[0])
-    available = whole_memory(device)
+    available = total_memory(device)
     if device.type == "cuda":
         libraries = library_memory(device)
         peak += libraries
@@ -111,7 +111,7 @@ def make_plan(trainer: Trainer, data: TrainingData, libraries: int) -> Plan:
         test=test,
     )
     others = plan.libraries + plan.weights + plan.gradients + plan.optimizer + plan.loss
-    # What cannot be measured is taken to be the rest.
+    # Without a measurement, activations are the rest.
     plan.activations = max(0, peak - others if kept is None else kept - gradient)
     return plan
 
@@ -153,7 +153,7 @@ def time_updates(trainer: Trainer, micro_batches: MicroBatches) -> float:
 
 
 def kept_memory(trainer: Trainer, micro_batch: tuple[int, Tensor, Tensor]) -> int | None:
-    """Return the bytes that a forward pass leaves for its backward pass; None if none can tell."""
+    """Return the bytes that a forward pass keeps for its backward pass; None where unknown."""
     device, model = trainer.device, trainer.model
     if device.type == "mps" or (device.type == "cpu" and trainer.world.has_sharded_weights):
         return None
@@ -170,7 +170,7 @@ def kept_memory(trainer: Trainer, micro_batch: tuple[int, Tensor, Tensor]) -> in
         loss = forward()
         kept = torch.cuda.memory_allocated(device) - before
     else:
-        # The newer one writes on standard error whatever is asked of it.
+        # The new profiler always writes to stderr.
         from torch.autograd.profiler_legacy import profile
 
         with profile(profile_memory=True) as record:
@@ -198,7 +198,7 @@ def count_parameters(model: GPT) -> dict[str, int]:
     return {**parts, "normalisation": model.num_parameters - sum(parts.values())}
 
 
-def estimate(
+def dry_run(
     settings: Settings, trainer: Trainer, corpus: Corpus, libraries: int, is_chosen: bool
 ) -> None:
     """Take a few updates, and print what the whole run would take: --dry_run.
@@ -212,7 +212,7 @@ def estimate(
     epochs = range(len(trainer.metrics) + 1, settings.num_epochs + 1)
     is_last = settings.num_epochs
     num_tests = sum(e % settings.eval_interval == 0 or e == is_last for e in epochs)
-    num_batches = sum(math.ceil(len(t) / settings.batch_size) for t in corpus.tests.values())
+    num_batches = sum(math.ceil(len(t) / settings.batch_size) for t in corpus.test_windows.values())
 
     describe_plan(
         plan,
@@ -242,7 +242,7 @@ def describe_plan(
     """
     model, precision, device = trainer.model, trainer.precision, trainer.device
     parts = [f"{name} {count:,}" for name, count in count_parameters(model).items()]
-    reason = explain_precision(device) if is_chosen else "as --precision says"
+    reason = explain_precision(device) if is_chosen else "set by --precision"
 
     print(f"Parts:  {', '.join(parts)}")
     print(f"Chosen: {precision}, {reason}")
@@ -272,9 +272,9 @@ def explain_precision(device: torch.device) -> str:
 
     if device.type == "cpu":
         ratio = matmul_rate(device, "bf16") / matmul_rate(device, "fp32")
-        return f"as bf16 multiplies {ratio:.1f} times as fast as fp32 here (it takes 1.5)"
+        return f"since bf16 multiplies {ratio:.1f} times as fast as fp32 here (threshold: 1.5)"
 
-    return f"the safe one for {device.type}"
+    return f"the safe choice on {device.type}"
 
 
 def describe_memory(plan: Plan) -> str:

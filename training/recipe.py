@@ -1,4 +1,4 @@
-"""The numbers of a pre-training run that follow from its flags."""
+"""Derives the numbers of a pre-training run from its flags: updates, tokens, the schedule."""
 
 from text.tokenizer import VOCABULARY_SIZE
 from training.arguments import Settings
@@ -20,7 +20,7 @@ def tokens_per_update(settings: Settings) -> int:
 
 
 def updates_per_epoch(settings: Settings) -> int:
-    """Return the whole updates in an epoch; the stream of samples goes on behind them."""
+    """Return the whole updates in an epoch; the next epoch starts with the next sample."""
     return settings.samples_per_epoch // samples_per_update(settings)
 
 

@@ -1,4 +1,4 @@
-"""What a run says at its start and at its end."""
+"""Prints what a run is about to do at its start, and what it achieved at its end."""
 
 import math
 import shlex
@@ -30,7 +30,7 @@ def describe_pre_training(
         f" data, --seed={trainer.seed}"
     )
     if settings.samples_per_epoch % samples_per_update(settings):
-        print("Note:   an epoch holds whole updates alone; its other samples open the next one")
+        print("Note:   an epoch holds whole updates only; the other samples start the next one")
 
     describe_resume(trainer)
 
@@ -72,8 +72,8 @@ def describe_device(settings: Settings, trainer: Trainer, compiled: str) -> None
     world = trainer.world
     processes = ""
     if world.size > 1:
-        shared = "all state" if world.sharding == "full" else "the optimizer's state"
-        processes = f"{world.size} processes that share {shared}, each "
+        sharded = "all state" if world.sharding == "full" else "the optimizer state"
+        processes = f"{world.size} processes that shard {sharded}, each "
 
     print(
         f"Device: {processes}{trainer.device}, {trainer.precision}, {compiled},"
@@ -81,8 +81,8 @@ def describe_device(settings: Settings, trainer: Trainer, compiled: str) -> None
     )
     if settings.gradient_accumulation_steps % world.size:
         print(
-            f"Note:   an update's {settings.gradient_accumulation_steps} batches are no multiple of"
-            f" {world.size} processes; some wait while others do the last ones"
+            f"Note:   an update's {settings.gradient_accumulation_steps} batches are not a multiple"
+            f" of {world.size} processes; some wait while others finish"
         )
 
 
@@ -97,8 +97,8 @@ def conclude_pre_training(settings: Settings, trainer: Trainer, parser: Argument
 
     print(
         f"Done:   {row['tokens']:,} tokens in {row['seconds'] / 60:.1f} minutes. Test loss"
-        f" {row['test_loss']:.3f} nats a token, from {math.log(VOCABULARY_SIZE):.3f} for a guess:"
-        f" as unsure as between {row['perplexity']:,.0f} tokens instead of {VOCABULARY_SIZE:,}."
+        f" {row['test_loss']:.3f} nats a token (chance: {math.log(VOCABULARY_SIZE):.3f}),"
+        f" perplexity {row['perplexity']:,.0f} (chance: {VOCABULARY_SIZE:,})."
     )
     is_given = any(arg.partition("=")[0] == "--resume" for arg in sys.argv)
     resume = [] if is_given else ["--resume"]
@@ -124,7 +124,7 @@ def conclude_fine_tuning(
 
     print(
         f"Done:   {row['tokens']:,} tokens in {row['seconds'] / 60:.1f} minutes. Test loss"
-        f" {row['test_loss']:.3f} nats a token of the answers, from {base_loss:.3f}."
+        f" {row['test_loss']:.3f} nats a token of the answers (base model: {base_loss:.3f})."
     )
     describe_files(settings)
     command = generate_command(settings, parser, prompt, "base_model_path", "checkpoint_path")

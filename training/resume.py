@@ -1,4 +1,4 @@
-"""What a resumed run takes from its checkpoint, and what it refuses."""
+"""Resumes a run: reads its checkpoint, compares its flags, and restores its state."""
 
 import secrets
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ from training.arguments import Settings
 from training.checkpoint import CheckpointError, load_checkpoint
 from training.trainer import Trainer
 
-# What the checkpoint of any run holds: the script's own keys come on top.
+# The keys in the checkpoint of every run; each script adds its own.
 SHARED_KEYS = (
     "optimizer",
     "scaler",
@@ -28,11 +28,13 @@ SHARED_KEYS = (
 )
 
 
-def settle(settings: Settings, world: World, keys: tuple[str, ...]) -> tuple[Settings, dict]:
-    """Read the checkpoint to resume from, and settle the choices that are open.
+def prepare_resume(
+    settings: Settings, world: World, keys: tuple[str, ...]
+) -> tuple[Settings, dict]:
+    """Read the checkpoint of a resumed run, and choose the seed and the precision if not given.
 
     Args:
-        keys: what the checkpoint has to hold beside SHARED_KEYS.
+        keys: the keys that the checkpoint has to hold beside SHARED_KEYS.
 
     Returns:
         The settings, with a seed and a precision, and the checkpoint; empty for a new run.
@@ -43,8 +45,8 @@ def settle(settings: Settings, world: World, keys: tuple[str, ...]) -> tuple[Set
     path = Path(settings.checkpoint_path)
     # A dry run writes nothing, so what lies there is never its own.
     is_writer = not getattr(settings, "dry_run", False)
-    if is_writer and not settings.resume and world.is_started_again():
-        settings = settings.replace(resume=bool(world.from_first(path.exists())))
+    if is_writer and not settings.resume and world.is_restarted():
+        settings = settings.replace(resume=bool(world.broadcast(path.exists())))
 
     checkpoint = {}
     if settings.resume:
@@ -62,28 +64,28 @@ def settle(settings: Settings, world: World, keys: tuple[str, ...]) -> tuple[Set
 
 
 def draw_seed(world: World) -> int:
-    return world.from_first(secrets.randbelow(2**31))
+    return world.broadcast(secrets.randbelow(2**31))
 
 
 def choose_precision(world: World) -> str:
-    """Return what is fast on the device of the first process, for all."""
+    """Return the precision that is fast on the device of the first process, for all."""
     names = list(PRECISIONS)
     number = names.index(resolve_precision(world.device)) if world.is_first else 0
-    return names[world.from_first(number)]
+    return names[world.broadcast(number)]
 
 
 def check_resumable(
     settings: Settings, checkpoint: dict, saved: dict, wanted: dict, free: Iterable[str]
 ) -> None:
-    """Refuse to resume with what cannot change; say what else has changed.
+    """Refuse to resume when a fixed flag differs; print the free flags that differ.
 
     Args:
-        saved: by the names of flags, what the checkpoint was made with, beside its settings.
-        wanted: what this run is to have.
-        free: the flags that may change.
+        saved: values of the saved run that are not in its settings, by flag.
+        wanted: the values of this run, by flag.
+        free: the flags that may differ.
 
     Raises:
-        CheckpointError: with both values of everything that differs and may not.
+        CheckpointError: with both values of every flag that may not differ.
     """
     saved = {
         **checkpoint["settings"],
@@ -118,7 +120,7 @@ def is_finished(settings: Settings, checkpoint: dict) -> bool:
 
 
 def restore(trainer: Trainer, data: TrainingData, checkpoint: dict) -> None:
-    """Go back to a checkpoint, and free its memory; a new run has an empty one.
+    """Restore the state of a checkpoint, and free its memory; a new run has an empty one.
 
     Raises:
         CheckpointError: when the data are not those that the run began with.

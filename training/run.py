@@ -1,6 +1,6 @@
-"""A run under way: its epochs and updates, its tests, and what it saves and when.
+"""Decides when a run trains, tests, saves and stops; `prefetch` brings its batches.
 
-    with Run(settings, trainer, data, writer, record) as run:
+    with Run(settings, trainer, data, writer, metadata) as run:
         for epoch in run.epochs():
             for batches in run.updates(epoch):
                 trainer.update(batches)
@@ -32,15 +32,15 @@ from training.trainer import MicroBatches, Trainer, TrainingError
 
 
 class Run:
-    """The epochs of a run that are left.
+    """The remaining epochs of a run.
 
     Args:
-        writer: of its checkpoints.
-        record: what a checkpoint holds beside the state of the trainer.
+        writer: writes the checkpoints of the run.
+        metadata: what a checkpoint holds beside the state of the trainer.
 
     Raises:
         Interrupted: on leaving, when a signal has come; all updates are saved.
-        TrainingError: when an update fails, or memory runs out; finished updates are saved.
+        TrainingError: when an update fails and finished ones are saved, or when memory runs out.
         LostProcessError: when another process is lost.
     """
 
@@ -50,16 +50,16 @@ class Run:
         trainer: Trainer,
         data: TrainingData,
         writer: CheckpointWriter,
-        record: dict,
+        metadata: dict,
     ):
         self.settings = settings
         self.trainer = trainer
         self.data = data
         self.writer = writer
-        self.record = record
+        self.metadata = metadata
         self.flops_per_token = trainer.model.flops_per_token(data.mean_length)
-        self.context = self.guarded()
-        # Of the first process, once it trains.
+        self.context = self.save_on_exit()
+        # Only on the first process, and only once it trains.
         self.metrics: MetricsFile | None = None
 
     @property
@@ -79,24 +79,24 @@ class Run:
         return self.context.__exit__(kind, error, trace)
 
     @contextlib.contextmanager
-    def guarded(self) -> Iterator[None]:
-        """Save what there is when the run ends early."""
+    def save_on_exit(self) -> Iterator[None]:
+        """Save all finished updates when the run ends early."""
         self.set_earlier_run_aside()
-        self.world.note_beginning()
+        self.world.mark_started()
         with self.trainer.stoppable():
             try:
                 yield
             except Interrupted:
                 self.save()
-                self.leave()
+                self.close()
                 print(
                     f"Stopped after update {self.trainer.step}; saved as {self.writer.path}."
-                    " --resume goes on there."
+                    " --resume continues there."
                 )
                 raise
             except TrainingError:
                 self.save()
-                self.leave()
+                self.close()
                 raise
             except Exception as error:
                 if not is_out_of_memory(error):
@@ -104,7 +104,7 @@ class Run:
 
                 raise TrainingError(self.advise_on_memory()) from None
 
-            self.leave()
+            self.close()
 
     def set_earlier_run_aside(self) -> None:
         table = Path(self.settings.metrics_path)
@@ -117,7 +117,7 @@ class Run:
     # --- Epochs and updates ---
 
     def epochs(self) -> Iterator[int]:
-        """Yield the numbers of the epochs that are left, from 1."""
+        """Yield the numbers of the remaining epochs; the first epoch is 1."""
         if self.world.is_first:
             table = Path(self.settings.metrics_path)
             self.metrics = MetricsFile(table, self.trainer.metrics, self.columns)
@@ -125,9 +125,9 @@ class Run:
         yield from range(len(self.trainer.metrics) + 1, self.settings.num_epochs + 1)
 
     def updates(self, epoch: int) -> Iterator[MicroBatches]:
-        """Yield this process's micro-batches of each update that an epoch lacks.
+        """Yield this process's micro-batches for each remaining update of an epoch.
 
-        Time between two of them counts as training.
+        The time between two yields counts as training.
         """
         trainer = self.trainer
         updates = range(trainer.step, epoch * self.data.updates_per_epoch)
@@ -147,7 +147,7 @@ class Run:
                 progress.update()
 
     def finish(self, epoch: int) -> None:
-        """Test, record and save at their intervals, and behind the last epoch."""
+        """Close an epoch: record it; test and save at their intervals and after the last epoch."""
         settings, trainer = self.settings, self.trainer
         is_last = epoch == settings.num_epochs
         losses = {}
@@ -165,46 +165,46 @@ class Run:
 
         is_due = epoch % settings.checkpoint_interval == 0 or is_best or is_last
 
-        # The first process alone knows; a save that has failed is made up for.
+        # Only the first process knows whether a save has failed; if so, save now.
         if self.world.max(is_due or self.writer.has_failed):
             self.save(is_best)
 
     @property
     def columns(self) -> list[str]:
-        """The sources that have a test loss of their own: that of a single one is that of all."""
+        """The sources with a column of their own; a single source needs none."""
         names = list(self.data.sources)
         return names if len(names) > 1 else []
 
     # --- What is saved ---
 
     def save(self, is_best: bool = False) -> None:
-        """Put the state of all processes together; the first one writes it meanwhile."""
+        """Gather the state of all processes; the first one writes it in the background."""
         state = {
             "format_version": FORMAT_VERSION,
             "encoding": ENCODING,
-            **self.record,
+            **self.metadata,
             **unshard(self.trainer.state_dict()),
         }
         if self.world.is_first:
             self.writer.save(state, is_best)
 
-        # However long the one before takes, nobody counts as lost meanwhile.
-        self.world.wait_for_all()
+        # The write before may take long; nobody counts as lost while the others wait here.
+        self.world.barrier()
 
-    def leave(self) -> None:
-        """Return when all that there is to keep is on the disk; leave the other processes."""
+    def close(self) -> None:
+        """Wait until everything is on the disk, then disconnect from the other processes."""
         if self.world.is_first:
             self.writer.wait()
 
         if self.metrics:
             self.metrics.draw()
 
-        self.world.wait_for_all()
-        # While signals wait: whoever ended of one now would count as lost to the others.
+        self.world.barrier()
+        # While signals are held back: a process that a signal ended now would count as lost.
         self.world.disconnect()
 
     def advise_on_memory(self) -> str:
-        """Say which flags take less memory."""
+        """Return a message that names the flags which save memory."""
         device = self.world.device
         can_recompute = not getattr(self.settings, "activation_checkpointing", True)
         recompute = ", or add --activation_checkpointing" if can_recompute else ""
@@ -215,11 +215,11 @@ class Run:
 
 
 def prefetch(data: TrainingData, updates: Iterable[int], world: World) -> Iterator[MicroBatches]:
-    """Yield the micro-batches of each update, loading the next while the last is worked on."""
+    """Yield the micro-batches of each update; a thread loads the next ones meanwhile."""
     with ThreadPoolExecutor(max_workers=1) as pool:
         pending: Future | None = None
         for number in updates:
-            upcoming = pool.submit(load_update, data, number, world)
+            upcoming = pool.submit(load_micro_batches, data, number, world)
             if pending is not None:
                 yield pending.result()
 
@@ -229,13 +229,13 @@ def prefetch(data: TrainingData, updates: Iterable[int], world: World) -> Iterat
             yield pending.result()
 
 
-def load_update(data: TrainingData, update: int, world: World) -> MicroBatches:
-    """Load those micro-batches of an update that are this process's part of it.
+def load_micro_batches(data: TrainingData, update: int, world: World) -> MicroBatches:
+    """Load this process's share of the micro-batches of an update.
 
-    All processes get as many; what only fills up has no targets.
+    All processes get the same number; a micro-batch that only fills up has no targets.
     """
     batches = []
-    for number, is_own in world.share(data.numbers(update)):
+    for number, is_own in world.shard(data.batch_numbers(update)):
         x, y = data.batch(number)
         y = y if is_own else torch.full_like(y, -1)
         if world.device.type == "cuda":

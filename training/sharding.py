@@ -1,7 +1,7 @@
-"""Optimizers of which every process keeps a share (ZeRO, Rajbhandari et al. 2020).
+"""Shards optimizers over processes: ZeRO-1 (Rajbhandari et al. 2020), and Muon under FSDP.
 
-What they save is what a single process would have. Apart from optimizers.py, because what is
-imported here takes longer than a small model needs to answer.
+They save the state that a single process would have. The file is apart from optimizers.py because
+its imports take longer than a small model needs to answer.
 """
 
 import math
@@ -16,17 +16,17 @@ from system.distributed import World, shard_like
 from training.muon import Muon
 
 
-class SharedOptimizer(ZeroRedundancyOptimizer):
-    """An optimizer of which every process steps some weights, and has the state of these alone.
+class ZeroOptimizer(ZeroRedundancyOptimizer):
+    """ZeRO-1: every process updates some of the weights, and has the state of these only.
 
-    What treats each element alone gets large weights in blocks of rows, as weights of their own:
-    GPT-2's token embeddings are a third of it, and would leave one process with most of the state.
+    An elementwise optimizer gets large weights in blocks of rows, each as a weight of its own:
+    token embeddings are a third of GPT-2, and would give one process most of the state.
 
     Args:
-        is_elementwise: whether the optimizer does so.
+        is_elementwise: whether the optimizer treats each element of a weight on its own.
     """
 
-    # The elements above which a weight is cut.
+    # A weight with more elements is cut into blocks.
     MAX_SIZE = 1 << 20
 
     def __init__(self, groups: list[dict], optimizer_class, is_elementwise: bool, **options):
@@ -54,7 +54,7 @@ class SharedOptimizer(ZeroRedundancyOptimizer):
                     block.grad = gradient
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        # Gradients lie where they are sent from; without them others would be made beside.
+        # Gradients are views of the buckets that are sent; None would allocate new ones beside.
         torch._foreach_zero_([weight.grad for weight in self.weights])
 
     def state_dict(self) -> dict:
@@ -76,7 +76,7 @@ class SharedOptimizer(ZeroRedundancyOptimizer):
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Take the state of the own blocks out of that of whole weights."""
+        """Load the state of this process's blocks from that of whole weights."""
         parts = [
             part
             for number, blocks in enumerate(self.blocks)
@@ -105,7 +105,7 @@ def blocks_of(weight: nn.Parameter, max_size: float) -> list[nn.Parameter]:
 
 
 def join(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Make one state of those of the blocks of a weight."""
+    """Join the states of the blocks of a weight into one."""
     return {
         name: torch.cat([state[name] for state in states]) if value.ndim else value
         for name, value in states[0].items()
@@ -113,10 +113,10 @@ def join(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def split(state: dict[str, Tensor], blocks: list[nn.Parameter]) -> list[dict[str, Tensor]]:
-    """Make states for the blocks of a weight of its own."""
+    """Split the state of a weight into those of its blocks."""
     num_rows = len(blocks[0])
 
-    # Each has its own count of steps.
+    # Scalars, the count of steps, are copied: each block has its own.
     return [
         {
             name: value[number * num_rows : (number + 1) * num_rows]
@@ -129,14 +129,14 @@ def split(state: dict[str, Tensor], blocks: list[nn.Parameter]) -> list[dict[str
 
 
 class ShardedMuon(Muon):
-    """Muon for matrices that are spread over processes by their rows.
+    """Muon for matrices whose rows are sharded over processes (FSDP).
 
-    To make an update orthogonal takes the whole of it. So every matrix has an owner, which keeps
-    its state. In each round all processes bring the gradient of one of their own together and
-    hand its update out.
+    An update can only be made orthogonal as a whole. So every matrix has an owner, which keeps its
+    state. In each round every process gathers the gradient of one matrix that it owns, and
+    broadcasts its update.
 
     Args:
-        groups: as for Muon, of distributed tensors.
+        groups: as for Muon, with distributed tensors.
     """
 
     def __init__(self, groups: list[dict], dtype: torch.dtype, world: World):
@@ -157,7 +157,7 @@ class ShardedMuon(Muon):
                 yield from enumerate(some)
 
     def rounds(self, matrices: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-        """Yield matrices, one for each process, of like size, so that all work equally long."""
+        """Yield one matrix for each process, of similar sizes, so that all work equally long."""
         matrices = sorted(matrices, key=lambda matrix: -matrix.numel())
         for first in range(0, len(matrices), self.world.size):
             yield matrices[first : first + self.world.size]
@@ -205,7 +205,7 @@ class ShardedMuon(Muon):
         return {**state, "state": dict(sorted(state["state"].items()))}
 
     def load_state_dict(self, state: dict) -> None:
-        """Take the state of the own matrices out of that of all."""
+        """Load the state of this process's matrices from that of all."""
         self.is_begun = bool(state["state"])
         owned = {id(matrix) for owner, matrix in self.owners if owner == self.world.rank}
         own_state = {

@@ -1,4 +1,4 @@
-"""Updates of the weights: gradients, guards, and the state that a run resumes from.
+"""Updates the weights and evaluates the model; holds the state that a run resumes from.
 
 Axes of the tensors: B samples, T tokens.
 """
@@ -28,27 +28,27 @@ from system.signals import Interrupted, StopSignal
 from training.metrics import SOURCE_LOSS, perplexity
 from training.optimizers import Optimizers, Schedule
 
-# The part of a process in an update: numbered micro-batches of token ids and targets, int64 (B, T).
+# One process's micro-batches of an update: their numbers, token ids and targets, int64 (B, T).
 # Targets below 0 have no loss.
 MicroBatches = list[tuple[int, Tensor, Tensor]]
 
 
 class TrainingError(Exception):
-    """What ends a run early; the message is one line for the user."""
+    """Training cannot continue; the message is one line for the user."""
 
 
 @dataclass
 class Trainer:
-    """All that a resumed run needs, and the moves that change it.
+    """The complete state of training, and the methods that change it.
 
-    Every process of a run has one, and makes the same moves at the same time.
+    Every process of a run has one, and calls the same methods in the same order.
 
     Args:
         model: returns the mean loss per target in nats from ids and targets.
-        network: what learns: the model, or what World.wrap has made of it.
-        schedule: learning rate by the number of the update.
+        network: the model as World.wrap returns it: plain, in DDP or in FSDP.
+        schedule: the learning rate by the number of the update.
         precision: bf16, fp16 or fp32.
-        seed: with the number of a micro-batch it decides every random number.
+        seed: every random number is a function of it and the number of a micro-batch.
         peak_rate: operations a second of all devices' matrix products.
         trained: the key under which a checkpoint holds the trained weights.
     """
@@ -68,7 +68,7 @@ class Trainer:
     tokens: int = 0
     # One dictionary an epoch, as in the metrics file.
     metrics: list[dict] = field(default_factory=list)
-    # Sums over the updates of the epoch that is under way.
+    # Sums over the updates of the current epoch.
     loss_sum: float = 0.0
     norm_sum: float = 0.0
     num_steps: int = 0
@@ -76,13 +76,13 @@ class Trainer:
 
     def __post_init__(self):
         # MKL picks its kernel of exp at the first call. When several threads make that call at
-        # once, one of them can get a coarse kernel for it (off by 1e-4, in one run of a hundred on
-        # a busy machine), and the run is not the same twice. So the first call is made here.
+        # once, one of them can get a coarse kernel (off by 1e-4, in one run of a hundred on a busy
+        # machine), and the run cannot be reproduced. So make the first call here.
         torch.zeros(1).exp()
 
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.stop = StopSignal()
-        self.has_warmed_up = False
+        self.has_bucket_order = False
         self.last_loss = math.nan
 
     @property
@@ -92,15 +92,15 @@ class Trainer:
     # --- An update ---
 
     def update(self, batches: MicroBatches) -> None:
-        """Update the weights once, and count it in the epoch under way.
+        """Update the weights once, and count the update in the current epoch.
 
         Raises:
-            Interrupted: when a signal has come; the update is dropped.
+            Interrupted: when a signal has come; the weights are as before.
             TrainingError: when the loss or the gradient is not finite; the weights are as before.
         """
         self.model.train()
-        if not self.has_warmed_up:
-            self.warm_up(batches)
+        if not self.has_bucket_order:
+            self.fix_bucket_order(batches)
 
         loss, norm = self.take_step(batches)
         self.last_loss = loss
@@ -108,11 +108,11 @@ class Trainer:
         self.norm_sum += norm if math.isfinite(norm) else 0.0
         self.num_steps += 1
 
-    def warm_up(self, batches: MicroBatches) -> None:
-        """Send gradients of zero once between the processes.
+    def fix_bucket_order(self, batches: MicroBatches) -> None:
+        """Run one backward pass with zero gradients, so DDP settles the order of its buckets.
 
-        The order in which the first gradients come decides the buckets of the later ones. Without
-        this a resumed run would add gradients up in another order than an undisturbed one.
+        DDP rebuilds its buckets after the first backward pass. Without this a resumed run would add
+        gradients in another order than an undisturbed one.
         """
         if self.network is not self.model:
             _, x, y = batches[0]
@@ -123,7 +123,7 @@ class Trainer:
             loss.backward()
             self.optimizers.zero_grad()
 
-        self.has_warmed_up = True
+        self.has_bucket_order = True
 
     def take_step(self, batches: MicroBatches) -> tuple[float, float]:
         """Update the weights once from all micro-batches; return loss and gradient norm."""
@@ -138,7 +138,7 @@ class Trainer:
             self.optimizers.step(self.scaler, self.schedule(self.step), self.step)
             self.scaler.update()
         else:
-            # An overflow that one process alone has seen is one of all.
+            # One process may have overflowed alone: all scales go down together.
             self.scaler.update(self.scaler.get_scale() * self.scaler.get_backoff_factor())
 
         self.optimizers.zero_grad()
@@ -147,16 +147,16 @@ class Trainer:
         return loss, norm
 
     def accumulate_gradient(self, batches: MicroBatches) -> tuple[Tensor, int]:
-        """Add up the gradient of the mean loss over all targets of an update, of all processes.
+        """Accumulate the gradient of the mean loss over all targets of an update, of all processes.
 
         Returns:
-            That loss, and the number of tokens that were read.
+            The mean loss, and the number of tokens in the update.
         """
         counts = [int((y >= 0).sum()) for _, _, y in batches]
-        # A micro-batch without targets only fills up: another process has the real one.
+        # A micro-batch without targets only fills up, and another process trains on it.
         sizes = [x.numel() for (_, x, _), count in zip(batches, counts, strict=True) if count]
         num_targets, num_tokens = self.world.sum(sum(counts), sum(sizes))
-        # Gradients are averaged over processes, and here they are to be added up.
+        # DDP and FSDP average gradients over processes; multiplied by world.size they are sums.
         scale = self.world.size / max(1, num_targets)
         total = torch.zeros((), device=self.device)
         for index, ((number, x, y), count) in enumerate(zip(batches, counts, strict=True)):
@@ -176,7 +176,7 @@ class Trainer:
 
             total += loss.detach()
 
-        return self.world.reduce(total / self.world.size), num_tokens
+        return self.world.all_reduce(total / self.world.size), num_tokens
 
     def check_finite(self, loss: float, norm: float) -> None:
         """Raise TrainingError unless loss and gradient may reach the optimizers."""
@@ -188,7 +188,7 @@ class Trainer:
         self.model.zero_grad(set_to_none=True)
         raise TrainingError(
             f"Loss {loss} and gradient norm {norm} in epoch {len(self.metrics) + 1}, step"
-            f" {self.step}; the weights were not changed. Go on with --resume and a lower"
+            f" {self.step}; the weights were not changed. Continue with --resume and a lower"
             " --learning_rate, or with --precision=fp32."
         )
 
@@ -201,7 +201,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def stoppable(self) -> Iterator[None]:
-        """Remember signals meanwhile, and find out what it means when a process is lost.
+        """Hold signals back, and turn the errors of a lost process into LostProcessError.
 
         Raises:
             LostProcessError: without a message when this process is to end, too.
@@ -231,30 +231,30 @@ class Trainer:
         """
         self.model.eval()
         total, num_targets = torch.zeros((), device=self.device), 0
-        for (x, y), is_own in self.progress(self.world.share(batches), "Testing", "batch"):
+        for (x, y), is_own in self.progress(self.world.shard(batches), "Testing", "batch"):
             self.check_signals()
             count = int((y >= 0).sum()) if is_own else 0
             x, y = x.to(self.device), y.to(self.device)
 
-            # Compiled code is for training: a test would have it compiled once more.
+            # Eager, as a test would compile everything once more.
             with torch.compiler.set_stance("force_eager"), autocast(self.device, self.precision):
                 total += self.model(x, y) * count
 
             num_targets += count
 
-        return self.world.reduce(total).item() / self.world.sum(num_targets)[0]
+        return self.world.all_reduce(total).item() / self.world.sum(num_targets)[0]
 
     def progress(self, items: Iterable, description: str, unit: str) -> tqdm:
-        """Return a progress bar; a log, in which every redrawn bar would stay, gets none."""
+        """Return a progress bar, on the first process and on a terminal only."""
         is_silent = None if self.world.is_first else True
         return tqdm(items, desc=description, unit=unit, leave=False, disable=is_silent)
 
-    # --- The record, and what a run resumes from ---
+    # --- Metrics, and the state that a run resumes from ---
 
     def finish_epoch(
         self, test_loss: float | None, flops_per_token: float, source_losses: dict[str, float]
     ) -> dict:
-        """Close the epoch that is under way and return its row of the metrics.
+        """Close the current epoch and return its row of the metrics.
 
         Args:
             flops_per_token: the operations that training on one token takes.
@@ -302,7 +302,7 @@ class Trainer:
         if self.world.max(not are_finite(self.model.parameters())):
             raise TrainingError(
                 f"A weight is not a finite number after update {self.step}; earlier checkpoints"
-                " are untouched. Go on with --resume and a lower --learning_rate."
+                " are untouched. Continue with --resume and a lower --learning_rate."
             )
 
         return {
@@ -345,7 +345,7 @@ def random_seed(*key: int) -> int:
 
 @torch.no_grad()
 def load_weights(expected: dict[str, Tensor], given: dict[str, Tensor]) -> None:
-    """Copy weights over those of a model, which are all there, and no others.
+    """Copy given weights into those of a model.
 
     Raises:
         TrainingError: unless names and shapes of both are the same.

@@ -13,7 +13,7 @@ from conftest import SAVE_AT_ONCE, assert_same_run
 
 from processes import Group, assert_close_runs, finished
 from system.distributed import ProcessError, World
-from training.run import load_update
+from training.run import load_micro_batches
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def run(small, tmp_path):
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("num_items", [0, 1, 4, 7, 8])
 def test_items_are_shared_out_in_turns(size, num_items):
-    parts = [list(World(rank, size).share(range(num_items))) for rank in range(size)]
+    parts = [list(World(rank, size).shard(range(num_items))) for rank in range(size)]
 
     assert len({len(part) for part in parts}) == 1
     # Read in turns they are all there, in order, each once.
@@ -52,7 +52,7 @@ def test_what_fills_up_has_no_targets(size):
         numbers=lambda update: range(5, 9),
         batch=lambda number: (torch.full((2, 3), number), torch.full((2, 3), number)),
     )
-    steps = [load_update(data, 0, World(rank, size)) for rank in range(size)]
+    steps = [load_micro_batches(data, 0, World(rank, size)) for rank in range(size)]
 
     assert len({len(step) for step in steps}) == 1
     trained = [number for step in steps for number, _, y in step if (y >= 0).all()]
@@ -81,7 +81,7 @@ def test_malformed_environment_is_refused(monkeypatch, small, error_of, environm
 
     status, line = error_of(small())
     assert status == 1
-    assert "is no place among processes; start them with torchrun" in line
+    assert "is not a valid rank layout; start the processes with torchrun" in line
 
 
 def test_place_is_read_from_the_environment(monkeypatch):
@@ -96,7 +96,7 @@ def test_place_is_read_from_the_environment(monkeypatch):
 
 # --- The same run on any number ---
 
-CUT = "sharding.SharedOptimizer.MAX_SIZE = 100_000"
+CUT = "sharding.ZeroOptimizer.MAX_SIZE = 100_000"
 
 # For so narrow a model the recipe takes 320 of them a step. Larger steps round more coarsely, above
 # all those of tokens that never occur, whose gradients add up to nothing over the waves.
@@ -323,7 +323,7 @@ def test_batches_that_do_not_divide_are_told(run):
     group = run(3, "--num_epochs=1")
     finished(group)
 
-    assert "4 batches are no multiple of 3 processes; some wait" in group.output()
+    assert "4 batches are not a multiple of 3 processes; some wait" in group.output()
 
     group = run(2, "--num_epochs=1")
     finished(group)
@@ -356,6 +356,21 @@ def test_network_that_is_not_there_is_named(run):
     assert group.wait() == [1, 1]
     assert len(group.errors) >= 1
     assert all("nosuch" in line and "no answer" not in line for line in group.errors)
+
+
+def test_process_that_met_nobody_waits_for_no_thread(run):
+    """As of a library that is still trying."""
+    patch = """
+import threading, time
+def failing(*args, **options):
+    threading.Thread(target=time.sleep, args=(60,)).start()
+    raise RuntimeError("no network")
+distributed.dist.init_process_group = failing
+"""
+    group = run(2, patch=patch)
+
+    assert group.wait(15) == [1, 1]
+    assert "did not meet the others" in group.errors[0]
 
 
 def test_slow_save_is_no_loss(run):

@@ -115,7 +115,7 @@ def test_it_writes_nothing(trained, pre_train, small, tmp_path):
         (["--resume"], 2, "--eval_only and --resume: give one of them"),
         (["--dry_run"], 2, "--eval_only and --dry_run: give one of them"),
         (["--initial_checkpoint=x.pt"], 2, "--initial_checkpoint: --eval_only reads "),
-        (["--eval_only=False", "--eval_split=all"], 2, "--eval_split: it says what --eval_only"),
+        (["--eval_only=False", "--eval_split=all"], 2, "--eval_split needs --eval_only"),
         (["--checkpoint_path=missing.pt"], 1, "There is no checkpoint at missing.pt"),
     ],
 )
@@ -156,7 +156,7 @@ def test_model_that_is_none(small, tmp_path, error_of, args):
 
     status, line = error_of(look(small))
     assert status == 1
-    assert "makes no model" in line
+    assert "does not describe a valid model" in line
 
 
 def test_loss_beyond_all_perplexities(trained, pre_train, small, tmp_path, capsys):

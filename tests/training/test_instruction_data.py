@@ -106,7 +106,7 @@ def test_batches_to_test_on_have_every_row_once():
 
 def test_updates_have_every_batch_of_an_epoch_once():
     data = make_data(make_examples())
-    numbers = [[*data.numbers(update)] for update in range(2 * data.updates_per_epoch)]
+    numbers = [[*data.batch_numbers(update)] for update in range(2 * data.updates_per_epoch)]
 
     assert sum(numbers, []) == list(range(2 * data.batches_per_epoch))
     # The last update of an epoch has what is left.

@@ -132,7 +132,7 @@ def test_dry_run_estimates_and_writes_nothing(pre_train, small, tmp_path, monkey
 
     output = capsys.readouterr().out
     assert "Parts:  token embeddings 804,112, positions 256, attention 2,048, MLP 4,096," in output
-    assert re.search(r"Chosen: (bf16|fp32), as bf16 multiplies [0-9.]+ times as fast as", output)
+    assert re.search(r"Chosen: (bf16|fp32), since bf16 multiplies [0-9.]+ times as fast as", output)
     assert "gradients 3.2 MB, optimizer " in output
     assert re.search(r"Batch:  --batch_size=[1-9][0-9]+ is the largest that fits", output)
     assert re.search(r"Speed:  [0-9,]+ tokens/s", output)
