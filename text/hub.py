@@ -197,7 +197,6 @@ class HubDataset:
         """Yield files with their sizes and digests."""
         from huggingface_hub import HfApi
 
-        found = {}
         for first in range(0, len(paths), 256):
             some = list(paths[first : first + 256])
             ask = functools.partial(
@@ -207,12 +206,10 @@ class HubDataset:
                 revision=revision,
                 repo_type="dataset",
             )
-            infos = insist(ask, self.description)
-            found.update({info.path: info for info in infos})
-
-        for path in paths:
-            info = found[path]
-            yield HubFile(self.repository, revision, path, info.size, kind, digest_of(info))
+            infos = {info.path: info for info in insist(ask, self.description)}
+            for path in some:
+                info = infos[path]
+                yield HubFile(self.repository, revision, path, info.size, kind, digest_of(info))
 
 
 @dataclass(frozen=True)
@@ -328,7 +325,8 @@ def download(repository: str, name: str, revision: str, digest: str, **options) 
 
 def check_download(path: Path, digest: str) -> None:
     """Compare a file with its digest; remove it, and what it is a link to, if it is another one."""
-    found = new_hash(digest, path.stat().st_size)
+    is_git = digest.startswith("git:")
+    found = hashlib.sha1(f"blob {path.stat().st_size}\0".encode()) if is_git else hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 24):
             found.update(chunk)
@@ -346,20 +344,15 @@ def digest_of(info) -> str:
     return f"sha256:{info.lfs.sha256}" if info.lfs else f"git:{info.blob_id}"
 
 
-def new_hash(digest: str, size: int):
-    """Return the beginning of a hash of the kind of a digest, for a file of size bytes."""
-    if digest.startswith("git:"):
-        return hashlib.sha1(f"blob {size}\0".encode())
-
-    return hashlib.sha256()
-
-
 def insist(action: Callable[[], T], what: str, pauses: Sequence[float] | None = None) -> T:
     """Call action until it succeeds, with growing pauses; print a line for each failure.
 
     The last failure is raised, and at once one that another try cannot cure.
     """
-    quiet_client()
+    from huggingface_hub.utils import logging
+
+    # The client's own remarks would stand beside those below.
+    logging.set_verbosity_error()
     for pause in RETRY_PAUSES if pauses is None else pauses:
         try:
             return action()
@@ -387,13 +380,6 @@ def is_passing(error: Exception) -> bool:
         or is_short
         or package in NETWORK_PACKAGES
     )
-
-
-def quiet_client() -> None:
-    """Silence the client's own remarks; insist prints what matters."""
-    from huggingface_hub.utils import logging
-
-    logging.set_verbosity_error()
 
 
 @contextlib.contextmanager
