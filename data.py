@@ -136,17 +136,18 @@ class Corpus:
             )
 
 
-def parse_sources(values: Sequence[str], excluded: tuple[Path, ...]) -> Sources:
+def parse_sources(values: Sequence[str], excluded: tuple[Path, ...], encoding: str = "") -> Sources:
     """Read the values of `--dataset`.
 
     Args:
         excluded: folders to skip inside a folder of text.
+        encoding: of text that is neither UTF-8 nor marked as UTF-16.
 
     Raises:
         ValueError: when a value names no source, a name is given twice, or weights do not fit.
     """
     try:
-        sources = [parse_source(value, excluded) for value in values]
+        sources = [parse_source(value, excluded, encoding) for value in values]
         resolve_weights([weight for _, weight in sources], [1] * len(sources))
     except ValueError as error:
         raise ValueError(f"--dataset: {error}") from None
@@ -177,15 +178,22 @@ def open_corpus(settings: Namespace, sources: Sources, world: World) -> Corpus:
     )
 
 
-def open_datasets(settings: Namespace, sources: Sources, world: World) -> list[TokenDataset]:
+def open_datasets(
+    settings: Namespace, sources: Sources, world: World, is_split: bool = True
+) -> list[TokenDataset]:
     """Open the token files of sources; prepare those that are missing.
+
+    Args:
+        is_split: whether each needs text to train on and text to test on.
 
     Raises:
         DataError: when files are damaged, or a source is unfit.
     """
     folder, num_processes = Path(settings.dataset_path), settings.num_dataset_processes
     with world.one_per_machine_first():
-        datasets = [load_or_prepare(source, folder, num_processes) for source, _ in sources]
+        datasets = [
+            load_or_prepare(source, folder, num_processes, is_split) for source, _ in sources
+        ]
 
     world.check_same("The data", [dataset.fingerprint for dataset in datasets])
     return datasets

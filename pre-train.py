@@ -29,6 +29,7 @@ from training.arguments import (
     add_seed,
     check_accumulation,
     dropout_float,
+    encoding_str,
     non_negative_float,
     non_negative_int,
     path_str,
@@ -191,10 +192,11 @@ def evaluate(settings: Settings, sources: Sources, world: World) -> None:
     precision = choose_precision(world) if is_open else settings.precision
     settings = settings.replace(seed=0, precision=precision)
     trainer = build_trainer(settings, model.state_dict(), world)
-    datasets = open_datasets(settings, sources, world)
+    is_all = settings.eval_split == "all"
+    datasets = open_datasets(settings, sources, world, is_split=not is_all)
     describe_model(settings, trainer)
     describe_device(settings, trainer, "not compiled")
-    report_losses(trainer, datasets, settings.batch_size, settings.eval_split == "all")
+    report_losses(trainer, datasets, settings.batch_size, is_all)
 
 
 # --- Flags ---
@@ -220,6 +222,12 @@ def build_parser() -> Parser:
         type=path_str,
         default="./dataset",
         help="Folder of the token files.",
+    )
+    add(
+        "--text_encoding",
+        type=encoding_str,
+        help="Encoding of your own text, such as cp1252 or gb18030; None is UTF-8, or UTF-16 where"
+        " the text says so.",
     )
     add(
         "--num_dataset_processes",
@@ -316,7 +324,11 @@ def check_arguments(settings: Settings, num_processes: int) -> Sources:
         Path(path).resolve().parent for path in (settings.checkpoint_path, settings.metrics_path)
     ]
     try:
-        return parse_sources(settings.dataset, (Path(settings.dataset_path), *outputs))
+        return parse_sources(
+            settings.dataset,
+            (Path(settings.dataset_path), *outputs),
+            settings.text_encoding or "",
+        )
     except ValueError as error:
         raise UsageError(str(error)) from None
 

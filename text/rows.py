@@ -8,7 +8,6 @@ import collections
 import functools
 import hashlib
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 from text.errors import DataError, one_line, reported_errors
 from text.hub import HubDataset
 from text.instructions import COLUMNS, Example, Turn, encode_turns, turns_of
-from text.local_files import LocalFile, kind_of_name
+from text.local_files import LocalFile, is_json, kind_of_name
 from text.readers import Reader, Row
 from text.sources import StandardLibrary
 from text.tokenizer import encode, without_surrogates
@@ -131,12 +130,7 @@ def parse_row_source(value: str) -> RowSource:
 
 
 def kind_of_rows(name: str) -> str | None:
-    kind = kind_of_name(name)
-    return (
-        "json"
-        if kind is None and re.search(r"\.json(\.gz|\.bz2|\.xz|\.zst)?$", name.lower())
-        else kind
-    )
+    return "json" if is_json(name) else kind_of_name(name)
 
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

@@ -4,12 +4,14 @@ import hashlib
 import os
 import sys
 import sysconfig
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from text.errors import DataError, reported_errors
 from text.hub import HubDataset
-from text.local_files import Listing, LocalFile, kind_of
+from text.local_files import Listing, LocalFile, kind_of, kind_of_name
+from text.readers import MAX_DOCUMENT, MIN_PIECE, NoTextError, check_table
+from text.splits import TEST_SHARES, place_hash
 from text.tokenizer import without_surrogates
 
 NOT_MODULES = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -21,10 +23,12 @@ class TextFiles:
 
     Args:
         excluded: folders that are skipped, such as those that a run writes to.
+        encoding: of files that are not UTF-8, nor marked as UTF-16.
     """
 
     path: Path
     excluded: tuple[Path, ...] = ()
+    encoding: str = ""
     is_hub = False
 
     @property
@@ -68,7 +72,13 @@ class TextFiles:
             folders[:] = filter(self.is_read, folders)
             found += (Path(folder, name) for name in filter(self.is_read, files))
 
-        return sorted(path for path in found if path.is_file())
+        # Of the names of one file, that of a table says how it is read; else the first counts.
+        names: dict[Path, Path] = {}
+        for path in sorted(found, key=lambda path: (not kind_of_name(path.name), path)):
+            if path.is_file():
+                names.setdefault(path.resolve(), path)
+
+        return sorted(names.values())
 
     def revision(self) -> str:
         """Return number, size and a digest of names and times of the files, to notice a change."""
@@ -81,7 +91,8 @@ class TextFiles:
                 digest.update(os.fsencode(path.relative_to(self.path)))
                 digest.update(f"\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
 
-        return f"{len(paths):,} files, {size:,} bytes, state {digest.hexdigest()[:16]}"
+        encoding = f", encoding {self.encoding}" if self.encoding else ""
+        return f"{len(paths):,} files, {size:,} bytes, state {digest.hexdigest()[:16]}{encoding}"
 
     def listing(self, _: str | None = None) -> Listing:
         """List the files and how each is read; print which ones are skipped.
@@ -90,7 +101,7 @@ class TextFiles:
             DataError: when a file cannot be read, or is one and no text.
         """
         revision = self.revision()
-        files, foreign = [], []
+        files, foreign, tables = [], [], []
         with reported_errors(self.description):
             sizes = {path: path.stat().st_size for path in self.paths()}
 
@@ -98,7 +109,15 @@ class TextFiles:
             kind = kind_of(path) if size else None
             if kind:
                 name = path.relative_to(self.path).as_posix()
-                files.append(LocalFile(path, name, size, kind, is_cut=path == self.path))
+                is_lone = path == self.path
+                file = LocalFile(path, name, size, kind, is_lone, encoding=self.encoding)
+                try:
+                    if not is_lone and kind != "text":
+                        check_table(file)
+
+                    files.append(file)
+                except NoTextError as error:
+                    tables.append(error)
             elif size:
                 foreign.append(without_surrogates(path.name))
 
@@ -109,7 +128,31 @@ class TextFiles:
             names = ", ".join(foreign[:3]) + (", …" if len(foreign) > 3 else "")
             print(f"Note:   {len(foreign)} files in {self.description} are not text: {names}")
 
+        if tables and not files:
+            raise tables[0]
+
+        if tables:
+            others = f", and {len(tables) - 1} more tables" if len(tables) > 1 else ""
+            print(f"Note:   {str(tables[0]).rstrip('.')}; it is left out{others}")
+
+        if has_lone_split(files):
+            files = [replace(file, is_cut=True) for file in files]
+
         return Listing(tuple(files), revision)
+
+
+def has_lone_split(files: list[LocalFile]) -> bool:
+    """Tell whether so few files fall into one of the splits that they have to be cut.
+
+    It takes text of less than one piece that cut makes. Tables have many rows, and large files are
+    cut anyway.
+    """
+    if not all(file.kind == "text" and file.size <= MAX_DOCUMENT for file in files):
+        return False
+
+    size = sum(file.size for file in files)
+    test_size = sum(f.size for f in files if place_hash(f.name, 0) < TEST_SHARES[-1])
+    return min(test_size, size - test_size) < MIN_PIECE
 
 
 class StandardLibrary(TextFiles):
@@ -134,11 +177,13 @@ class StandardLibrary(TextFiles):
 Source = TextFiles | HubDataset
 
 
-def parse_source(value: str, excluded: tuple[Path, ...] = ()) -> tuple[Source, float | None]:
+def parse_source(
+    value: str, excluded: tuple[Path, ...] = (), encoding: str = ""
+) -> tuple[Source, float | None]:
     """Read SOURCE or SOURCE=WEIGHT as in `--dataset`.
 
     Args:
-        excluded: folders that are skipped in a folder of text.
+        excluded, encoding: as TextFiles has them.
 
     Raises:
         ValueError: when it names no source, or the weight is not a number above zero.
@@ -163,7 +208,7 @@ def parse_source(value: str, excluded: tuple[Path, ...] = ()) -> tuple[Source, f
         return StandardLibrary(), weight
 
     if os.path.exists(value):
-        return TextFiles(Path(value), excluded), weight
+        return TextFiles(Path(value), excluded, encoding), weight
 
     if dataset := HubDataset.parse(value):
         return dataset, weight

@@ -39,7 +39,11 @@ def open_dataset(folder: Path, name: str) -> TokenDataset:
     sidecar = read_sidecar(folder / f"{name}.json")
     verify(folder, name, sidecar)
     train, test = (
-        np.memmap(token_path(folder, name, split), dtype=TOKEN_TYPE, mode="r") for split in SPLITS
+        # An empty file cannot be mapped.
+        np.memmap(token_path(folder, name, split), dtype=TOKEN_TYPE, mode="r")
+        if sidecar[split]["tokens"]
+        else np.empty(0, dtype=TOKEN_TYPE)
+        for split in SPLITS
     )
     return TokenDataset(name, train, test, sidecar["train"]["sha256"])
 

@@ -4,6 +4,7 @@ Nothing here imports torch: a wrong flag is reported at once.
 """
 
 import argparse
+import codecs
 import difflib
 import io
 import math
@@ -199,6 +200,20 @@ def path_str(value: str) -> str:
         raise argparse.ArgumentTypeError(f"{name} is no home of a user; ./{name} is a folder")
 
     return path
+
+
+def encoding_str(value: str) -> str:
+    """Read the name of an encoding of text that Python has."""
+    try:
+        "".encode(value)
+        name = codecs.lookup(value).name
+    except LookupError:
+        raise argparse.ArgumentTypeError(
+            f"{value} is no encoding of text; some are cp1252, gb18030, shift_jis, koi8-r"
+        ) from None
+
+    # A mark at the beginning is no text.
+    return "utf-8-sig" if name == "utf-8" else name
 
 
 def positive_int(value: str) -> int:

@@ -328,7 +328,7 @@ def test_rows_that_are_no_use_are_counted_and_named(tmp_path):
         ("a.json.gz", b"nothing", "cannot be read"),
         ("a.csv", b"a,b\n1,2\n", "neither `instruction` and `output`"),
         ("a.csv", b"prompt,completion\na,b,c\nd\n", "2 rows are malformed .*as many values"),
-        ("a.csv", b'prompt,completion\na,"b\nc,d\n', "unexpected end of data"),
+        ("a.csv", b'prompt,completion\na,"b\nc,d\n', "line 2: a quote is opened"),
     ],
 )
 def test_a_file_without_rows_is_one_line(tmp_path, name, content, message):

@@ -217,6 +217,67 @@ def test_too_few_documents_are_refused(tmp_path, num_documents):
     assert not list((tmp_path / "dataset").iterdir())
 
 
+def test_two_documents_are_enough_whatever_their_places(tmp_path):
+    """Where no share has a document to test on, the first is."""
+    (tmp_path / "text").mkdir()
+    for name in "ab":
+        assert place_hash(f"{name}.txt", 0) > 0.1
+        (tmp_path / "text" / f"{name}.txt").write_text(f"text {name}")
+
+    source = TextFiles(tmp_path / "text")
+    load_or_prepare(source, tmp_path, 1)
+
+    assert documents_in(tmp_path / f"{source.name}-test.bin") == ["text a"]
+    assert documents_in(tmp_path / f"{source.name}-train.bin") == ["text b"]
+    assert "the first document" in (tmp_path / f"{source.name}.json").read_text()
+
+
+def test_a_lone_document_is_enough_where_nothing_is_split(tmp_path):
+    (tmp_path / "a.txt").write_text("A short text.")
+    source = TextFiles(tmp_path / "a.txt")
+    dataset = load_or_prepare(source, tmp_path / "dataset", 1, is_split=False)
+
+    assert len(dataset.train) + len(dataset.test) == len(encode("A short text.")) + 1
+
+    with pytest.raises(DataError, match="at least one of each"):
+        load_or_prepare(source, tmp_path / "dataset", 1)
+
+
+def test_single_rows_that_are_malformed_are_counted(tmp_path, capsys):
+    rows = [json.dumps({"text": f"text {number}"}) for number in range(60)]
+    rows[30:30] = ['{"text": 7}', '{"no": 1}']
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    dataset = load_or_prepare(TextFiles(tmp_path / "a.jsonl"), tmp_path / "dataset", 1)
+
+    assert sum((tokens == END_OF_TEXT).sum() for tokens in (dataset.train, dataset.test)) == 60
+    assert "2 of 62 rows are malformed and left out; the first is" in (
+        output := capsys.readouterr().out
+    )
+    assert "a.jsonl, line 31: `text` is no text" in output
+
+
+def test_a_little_damage_is_a_note_and_much_is_refused(tmp_path, monkeypatch, capsys):
+    (tmp_path / "text").mkdir()
+    write_documents(tmp_path / "text", 60)
+    (tmp_path / "text" / "000.txt").write_bytes("naïve".encode("latin-1"))
+    source = TextFiles(tmp_path / "text")
+    load_or_prepare(source, tmp_path / "dataset", 1)
+
+    assert "1 of " in (output := capsys.readouterr().out)
+    assert "cannot be decoded, the first in" in output
+
+    for number in range(20):
+        (tmp_path / "text" / f"{number:03}.txt").write_bytes("größe ".encode("latin-1") * 50)
+
+    # At once, or when all is read.
+    for min_checked in (1, 1 << 24):
+        monkeypatch.setattr(preparation, "MIN_CHECKED", min_checked)
+        with pytest.raises(DataError, match="cannot be decoded.*--text_encoding"):
+            load_or_prepare(source, tmp_path / "dataset", 1)
+
+        assert not list((tmp_path / "dataset").glob("*.parts"))
+
+
 # --- Any number of processes, and any number of restarts ---
 
 

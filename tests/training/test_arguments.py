@@ -19,6 +19,7 @@ TYPES = {
     arguments.minutes_float: "float",
     arguments.parse_bool: "bool",
     arguments.path_str: "string",
+    arguments.encoding_str: "string",
     None: "string",
 }
 
