@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
         if is_finished(settings, checkpoint):
             return 0
 
-        corpus = open_corpus(settings, sources, world)
+        corpus = open_corpus(settings, sources, world, checkpoint.get("dataset", ()))
         trainer = build_trainer(settings, weights, world)
         # Copied by now: otherwise the run would hold them to its end.
         weights.clear()
@@ -328,6 +328,7 @@ def check_arguments(settings: Settings, num_processes: int) -> Sources:
             settings.dataset,
             (Path(settings.dataset_path), *outputs),
             settings.text_encoding or "",
+            Path(settings.dataset_path),
         )
     except ValueError as error:
         raise UsageError(str(error)) from None

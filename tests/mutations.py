@@ -491,7 +491,7 @@ MUTATIONS = [
     Mutation(
         51,
         "Too little text",
-        ("test_pre_train", "too_little_text"),
+        ("text/test_preparation", "too_few"),
         "text/preparation.py",
         "    if not (all(numbers) if is_split else any(numbers)):",
         "    if False:",
@@ -685,6 +685,33 @@ MUTATIONS = [
         "if has_lone_split(files):",
         "if False:",
         "there is nothing to test on",
+    ),
+    Mutation(
+        83,
+        "Text that changed since the run began",
+        ("test_pre_train", "refused_before"),
+        "text/preparation.py",
+        'if sidecar["train"]["sha256"] in kept and not is_open:',
+        "if False:",
+        "its token files are lost, and it cannot be resumed",
+    ),
+    Mutation(
+        84,
+        "Text that was touched, or moved",
+        ("text/test_preparation", "touched or moved"),
+        "text/preparation.py",
+        'if not is_like or sidecar["content"] != source.content():',
+        "if True:",
+        "a run cannot be resumed, or all is prepared again",
+    ),
+    Mutation(
+        85,
+        "Text that changed and kept its size",
+        ("text/test_preparation", "letter"),
+        "text/preparation.py",
+        'if not is_like or sidecar["content"] != source.content():',
+        "if not is_like:",
+        "the change is never read",
     ),
 ]
 

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -13,8 +14,10 @@ import pytest
 import torch
 from conftest import SAVE_AT_ONCE, assert_same_run, finish, launch, write_documents
 from faults import KILL_AT, SIGNAL_AT, read
+from token_folders import contents
 
 from system.devices import resolve_device
+from text.sources import TextFiles
 from training import run, trainer
 from training.checkpoint import best_path, previous_path, save_checkpoint
 
@@ -447,6 +450,45 @@ def test_resuming_on_changed_data_is_refused(pre_train, small, tmp_path, error_o
 
     assert status == 1
     assert "The data changed since the checkpoint was saved" in line
+
+
+def test_changed_text_is_refused_before_token_files_are_replaced(
+    pre_train, small, tmp_path, error_of
+):
+    (tmp_path / "text").mkdir()
+    write_documents(tmp_path / "text", 80)
+    flags = [f"--dataset_path={tmp_path / 'dataset'}", "--num_epochs=1"]
+    argv = small(*flags, dataset=tmp_path / "text")
+    assert pre_train.main(argv) == 0
+
+    before = contents(tmp_path / "dataset")
+    (tmp_path / "text" / "000.txt").write_text("another beginning")
+    status, line = error_of([*argv, "--resume", "--num_epochs=2"])
+
+    assert status == 1
+    assert "The data changed since the checkpoint was saved" in line
+    assert contents(tmp_path / "dataset") == before
+
+
+def test_moved_text_is_resumed_and_its_columns_with_it(pre_train, small, tmp_path):
+    """Also where its token files were made anew, under another name."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write_documents(tmp_path / name, 80)
+
+    def argv(first: Path, *extra: str) -> list[str]:
+        return [
+            *small(f"--dataset_path={tmp_path / 'dataset'}", *extra, dataset=first),
+            f"--dataset={tmp_path / 'b'}",
+        ]
+
+    assert pre_train.main(argv(tmp_path / "a", "--num_epochs=1")) == 0
+    (tmp_path / "a").rename(tmp_path / "c")
+    shutil.rmtree(tmp_path / "dataset")
+    assert pre_train.main(argv(tmp_path / "c", "--num_epochs=2", "--resume")) == 0
+
+    name = TextFiles(tmp_path / "c").name
+    assert [bool(row[f"test_loss_{name}"]) for row in rows(tmp_path)] == [True, True]
 
 
 @pytest.mark.parametrize("content", [None, "empty", "truncated", "weights", "adapter", "folder"])

@@ -1,5 +1,6 @@
 """Says which files a source has: text of your own, or the standard library; reads `--dataset`."""
 
+import contextlib
 import hashlib
 import os
 import sys
@@ -12,6 +13,7 @@ from text.hub import HubDataset
 from text.local_files import Listing, LocalFile, kind_of, kind_of_name
 from text.readers import MAX_DOCUMENT, MIN_PIECE, NoTextError, check_table
 from text.splits import TEST_SHARES, place_hash
+from text.token_files import find_name
 from text.tokenizer import without_surrogates
 
 NOT_MODULES = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -93,6 +95,24 @@ class TextFiles:
 
         encoding = f", encoding {self.encoding}" if self.encoding else ""
         return f"{len(paths):,} files, {size:,} bytes, state {digest.hexdigest()[:16]}{encoding}"
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether there is nothing at the path any more."""
+        return not self.path.exists()
+
+    def content(self) -> str:
+        """Return a digest of what the files hold, wherever they lie and however old they are."""
+        digest = hashlib.sha256(self.encoding.encode())
+        with reported_errors(self.description):
+            for path in self.paths():
+                name = os.fsencode(path.relative_to(self.path))
+                digest.update(b"%s\0%d\0" % (name, path.stat().st_size))
+                with open(path, "rb") as file:
+                    while chunk := file.read(1 << 24):
+                        digest.update(chunk)
+
+        return digest.hexdigest()
 
     def listing(self, _: str | None = None) -> Listing:
         """List the files and how each is read; print which ones are skipped.
@@ -177,13 +197,21 @@ class StandardLibrary(TextFiles):
 Source = TextFiles | HubDataset
 
 
+def has_tokens(source: TextFiles, folder: Path) -> bool:
+    with contextlib.suppress(OSError, ValueError, RuntimeError):
+        return (folder / f"{find_name(folder, source.name, source.description)}.json").exists()
+
+    return False
+
+
 def parse_source(
-    value: str, excluded: tuple[Path, ...] = (), encoding: str = ""
+    value: str, excluded: tuple[Path, ...] = (), encoding: str = "", folder: Path | None = None
 ) -> tuple[Source, float | None]:
     """Read SOURCE or SOURCE=WEIGHT as in `--dataset`.
 
     Args:
         excluded, encoding: as TextFiles has them.
+        folder: that of the token files: text that has some may be gone.
 
     Raises:
         ValueError: when it names no source, or the weight is not a number above zero.
@@ -209,6 +237,9 @@ def parse_source(
 
     if os.path.exists(value):
         return TextFiles(Path(value), excluded, encoding), weight
+
+    if folder and value and has_tokens(gone := TextFiles(Path(value)), folder):
+        return gone, weight
 
     if dataset := HubDataset.parse(value):
         return dataset, weight

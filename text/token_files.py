@@ -7,6 +7,7 @@ behind every document. NAME.json describes both and is written last; without it 
 import contextlib
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,6 +73,23 @@ def read_sidecar(path: Path) -> dict:
         raise DataError(f"{path} was tokenized by {encoding}, {ENCODING} is needed; {remedy}.")
 
     return sidecar
+
+
+def find_name(folder: Path, name: str, description: str) -> str:
+    """Return the name that the token files of a text have: its own, or that of an earlier place."""
+    if not (folder / f"{name}.json").exists():
+        for other, sidecar in sidecars(folder):
+            if sidecar["source"] == description:
+                return other
+
+    return name
+
+
+def sidecars(folder: Path) -> Iterator[tuple[str, dict]]:
+    """Yield all sidecars of a folder by their names, and pass over what is none."""
+    for path in sorted(folder.glob("*.json")):
+        with contextlib.suppress(DataError, OSError):
+            yield path.stem, read_sidecar(path)
 
 
 def verify(folder: Path, name: str, sidecar: dict) -> None:

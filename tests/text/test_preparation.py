@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from text.errors import DataError
 from text.parts import JoinedFiles, place_hash
 from text.preparation import load_or_prepare
 from text.readers import Reader
-from text.sources import TextFiles
+from text.sources import TextFiles, parse_source
 from text.token_files import SPLITS
 from text.tokenizer import END_OF_TEXT, encode
 
@@ -95,6 +96,67 @@ def test_changed_text_is_prepared_again_and_it_says_why(tmp_path, capsys):
     assert "41 files" in note
     assert len(after.train) + len(after.test) > len(before.train) + len(before.test)
     assert after.fingerprint != before.fingerprint
+
+
+@pytest.fixture
+def no_second_preparation(tmp_path, monkeypatch):
+    """Prepare text, and return it; whoever prepares it again fails."""
+    (tmp_path / "text").mkdir()
+    write_documents(tmp_path / "text", 40)
+    before = load_or_prepare(TextFiles(tmp_path / "text"), tmp_path / "dataset", 1)
+    monkeypatch.delattr(preparation, "prepare_parts")
+
+    return tmp_path / "text", before
+
+
+def test_text_that_was_only_touched_is_the_same(no_second_preparation, tmp_path, capsys):
+    text, before = no_second_preparation
+    os.utime(text / "000.txt", (0, 0))
+    after = load_or_prepare(TextFiles(text), tmp_path / "dataset", 1)
+
+    assert (after.name, after.fingerprint) == (before.name, before.fingerprint)
+    assert "changed" not in capsys.readouterr().out
+
+
+def test_text_that_was_moved_keeps_its_token_files(no_second_preparation, tmp_path):
+    """Wherever it lies then, and also when it is gone after that."""
+    text, before = no_second_preparation
+    moved = text.rename(tmp_path / "elsewhere")
+    after = load_or_prepare(TextFiles(moved), tmp_path / "dataset", 1)
+    moved.rename(tmp_path / "a third place")
+    source, _ = parse_source(str(moved), folder=tmp_path / "dataset")
+    gone = load_or_prepare(source, tmp_path / "dataset", 1)
+
+    assert (after.name, after.fingerprint) == (before.name, before.fingerprint)
+    assert (gone.name, gone.fingerprint) == (before.name, before.fingerprint)
+
+
+def test_text_that_is_gone_is_read_from_its_token_files(no_second_preparation, tmp_path, capsys):
+    text, before = no_second_preparation
+    shutil.rmtree(text)
+    source, _ = parse_source(str(text), folder=tmp_path / "dataset")
+    after = load_or_prepare(source, tmp_path / "dataset", 1)
+
+    assert after.fingerprint == before.fingerprint
+    assert "is not there; its token files are read" in capsys.readouterr().out
+
+    with pytest.raises(ValueError, match="is neither"):
+        parse_source(str(text / "other"), folder=tmp_path / "dataset")
+
+
+def test_a_changed_letter_is_a_change(no_second_preparation, tmp_path):
+    text, _ = no_second_preparation
+    content = (text / "000.txt").read_text()
+    (text / "000.txt").write_text(content[:-1] + "!")
+
+    assert not preparation.is_prepared(TextFiles(text), tmp_path / "dataset")
+
+
+def test_a_copy_has_token_files_of_its_own(no_second_preparation, tmp_path):
+    text, _ = no_second_preparation
+    shutil.copytree(text, tmp_path / "copy")
+
+    assert not preparation.is_prepared(TextFiles(tmp_path / "copy"), tmp_path / "dataset")
 
 
 def prepared(source, folder):
