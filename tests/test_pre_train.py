@@ -441,11 +441,13 @@ def test_resuming_with_another_tokenizer_is_refused(pre_train, small, tmp_path, 
 
 
 def test_resuming_on_changed_data_is_refused(pre_train, small, tmp_path, error_of):
+    """Also when its token files are not there any more."""
     (tmp_path / "text").mkdir()
     write_documents(tmp_path / "text", 60)
-    argv = small(dataset=tmp_path / "text")
+    argv = small(f"--dataset_path={tmp_path / 'dataset'}", dataset=tmp_path / "text")
     pre_train.main([*argv, "--num_epochs=1"])
     (tmp_path / "text" / "000.txt").write_text("something else")
+    shutil.rmtree(tmp_path / "dataset")
     status, line = error_of([*argv, "--resume"])
 
     assert status == 1
