@@ -24,7 +24,7 @@ from torch import Tensor
 from system.distributed import World
 from text.errors import DataError
 from text.preparation import load_or_prepare
-from text.sources import Source, parse_source
+from text.sources import Outputs, Source, parse_source
 from text.token_files import TokenDataset
 from text.tokenizer import TOKEN_TYPE, token_sizes
 
@@ -138,14 +138,14 @@ class Corpus:
 
 def parse_sources(
     values: Sequence[str],
-    excluded: tuple[Path, ...],
+    excluded: Outputs,
     encoding: str = "",
     folder: Path | None = None,
 ) -> Sources:
     """Read the values of `--dataset`.
 
     Args:
-        excluded: folders to skip inside a folder of text.
+        excluded: as TextFiles has them.
         encoding: of text that is neither UTF-8 nor marked as UTF-16.
         folder: that of the token files.
 

@@ -15,6 +15,7 @@ from data import Corpus, Sources, open_corpus, open_datasets, parse_sources
 from model import GPT, check_sizes
 from system.devices import compile_model, matmul_dtype, total_matmul_rate
 from system.distributed import World
+from text.token_files import NAMES
 from training.arguments import (
     Parser,
     Settings,
@@ -40,7 +41,7 @@ from training.evaluation import report_losses
 from training.initial import load_initial_weights, read_model
 from training.launch import Launch
 from training.optimizers import Optimizers, step_factors
-from training.outputs import check_outputs, outputs_by_flag
+from training.outputs import check_outputs, names_by_folder, outputs_by_flag
 from training.planning import dry_run
 from training.recipe import build_schedule, model_args, num_updates, samples_per_update
 from training.report import (
@@ -319,14 +320,11 @@ def check_arguments(settings: Settings, num_processes: int) -> Sources:
         check_recipe(settings)
         check_accumulation(settings, num_processes)
 
-    # A folder of text may contain the outputs of the run: skip them.
-    outputs = [
-        Path(path).resolve().parent for path in (settings.checkpoint_path, settings.metrics_path)
-    ]
     try:
         return parse_sources(
             settings.dataset,
-            (Path(settings.dataset_path), *outputs),
+            # A folder of text may contain what the run writes.
+            ((Path(settings.dataset_path), NAMES), *names_by_folder(settings)),
             settings.text_encoding or "",
             Path(settings.dataset_path),
         )

@@ -713,6 +713,24 @@ MUTATIONS = [
         "if not is_like:",
         "the change is never read",
     ),
+    Mutation(
+        86,
+        "A run that writes beside its text",
+        ("test_pre_train", "beside_its_text"),
+        "text/sources.py",
+        "return self.is_read(name) and not any(names.fullmatch(name) for names in own)",
+        "return self.is_read(name)",
+        "it reads what it has written, and cannot be resumed",
+    ),
+    Mutation(
+        87,
+        "The log of a run beside its text",
+        ("test_pre_train", "beside_its_text"),
+        "text/sources.py",
+        "logs = open_logs()",
+        "logs: list = []",
+        "it reads what it has written, and cannot be resumed",
+    ),
 ]
 
 

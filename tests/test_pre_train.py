@@ -472,6 +472,42 @@ def test_changed_text_is_refused_before_token_files_are_replaced(
     assert contents(tmp_path / "dataset") == before
 
 
+IN_A_FOLDER = """
+import os
+os.chdir({folder!r})
+os.dup2(os.open("log.txt", os.O_APPEND | os.O_CREAT | os.O_WRONLY), 1)
+"""
+KILLED_WHEN_PREPARED = """
+import signal
+import text.preparation as preparation
+preparation.publish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("dataset_path", [".", "./dataset"])
+def test_what_a_run_writes_beside_its_text_is_none_of_it(small, tmp_path, dataset_path):
+    """Checkpoints, metrics, token files, parts and a log, of a killed run and a resumed one."""
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    write_documents(folder, 80)
+    argv = small(f"--dataset_path={dataset_path}", out=Path(), dataset=Path())
+    name = TextFiles(folder).name
+    patch = IN_A_FOLDER.format(folder=str(folder))
+    status, _, errors = finish(launch(argv, patch + KILLED_WHEN_PREPARED))
+    assert status == -signal.SIGKILL, errors
+
+    for flags in (["--num_epochs=1"], ["--resume"]):
+        status, _, errors = finish(launch([*argv, *flags], patch))
+        assert status == 0, errors
+
+    log = (folder / "log.txt").read_text()
+    sidecar = json.loads((folder / dataset_path / f"{name}.json").read_text())
+    assert "going on with" in log
+    assert "changed" not in log
+    assert "not text" not in log
+    assert sidecar["train"]["documents"] + sidecar["test"]["documents"] == 80
+
+
 def test_moved_text_is_resumed_and_its_columns_with_it(pre_train, small, tmp_path):
     """Also where its token files were made anew, under another name."""
     for name in ("a", "b"):

@@ -3,6 +3,8 @@
 import contextlib
 import hashlib
 import os
+import re
+import stat
 import sys
 import sysconfig
 from dataclasses import dataclass, replace
@@ -19,17 +21,22 @@ from text.tokenizer import without_surrogates
 NOT_MODULES = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
+# Folders that a run writes to, each with a regular expression of its files' names there.
+Outputs = tuple[tuple[Path, str], ...]
+
+
 @dataclass(frozen=True)
 class TextFiles:
     """Text of your own: a file, or all files of text below a folder, in sorted order.
 
     Args:
-        excluded: folders that are skipped, such as those that a run writes to.
+        excluded: folders that a run writes to, and a regular expression of the names of its files.
+            Such a folder is skipped; where it is the text's own, these names are.
         encoding: of files that are not UTF-8, nor marked as UTF-16.
     """
 
     path: Path
-    excluded: tuple[Path, ...] = ()
+    excluded: Outputs = ()
     encoding: str = ""
     is_hub = False
 
@@ -46,7 +53,8 @@ class TextFiles:
 
     def is_read(self, name: str) -> bool:
         """Whether a file or folder of this name is read."""
-        return not name.startswith(".")
+        # TensorBoard's files change with every epoch.
+        return not name.startswith((".", "events.out.tfevents."))
 
     def paths(self) -> list[Path]:
         """Return the files, also those behind links, each once.
@@ -57,7 +65,9 @@ class TextFiles:
         if self.path.is_file():
             return [self.path]
 
-        excluded = {path.resolve() for path in self.excluded} - {self.path.resolve()}
+        outputs = [(folder.resolve(), re.compile(names)) for folder, names in self.excluded]
+        excluded = {folder for folder, _ in outputs} - {self.path.resolve()}
+        logs = open_logs()
         found: list[Path] = []
         seen = set()
 
@@ -71,13 +81,18 @@ class TextFiles:
                 continue
 
             seen.add(place)
-            folders[:] = filter(self.is_read, folders)
-            found += (Path(folder, name) for name in filter(self.is_read, files))
+            own = [names for folder_, names in outputs if folder_ == place]
+
+            def is_text(name: str, own: list[re.Pattern] = own) -> bool:
+                return self.is_read(name) and not any(names.fullmatch(name) for names in own)
+
+            folders[:] = filter(is_text, folders)
+            found += (Path(folder, name) for name in filter(is_text, files))
 
         # Of the names of one file, that of a table says how it is read; else the first counts.
         names: dict[Path, Path] = {}
         for path in sorted(found, key=lambda path: (not kind_of_name(path.name), path)):
-            if path.is_file():
+            if path.is_file() and not any(os.path.samestat(path.stat(), log) for log in logs):
                 names.setdefault(path.resolve(), path)
 
         return sorted(names.values())
@@ -197,6 +212,16 @@ class StandardLibrary(TextFiles):
 Source = TextFiles | HubDataset
 
 
+def open_logs() -> list[os.stat_result]:
+    """Return the files that this process writes its output to."""
+    logs = []
+    for descriptor in (1, 2):
+        with contextlib.suppress(OSError):
+            logs.append(os.fstat(descriptor))
+
+    return [log for log in logs if stat.S_ISREG(log.st_mode)]
+
+
 def has_tokens(source: TextFiles, folder: Path) -> bool:
     with contextlib.suppress(OSError, ValueError, RuntimeError):
         return (folder / f"{find_name(folder, source.name, source.description)}.json").exists()
@@ -205,7 +230,7 @@ def has_tokens(source: TextFiles, folder: Path) -> bool:
 
 
 def parse_source(
-    value: str, excluded: tuple[Path, ...] = (), encoding: str = "", folder: Path | None = None
+    value: str, excluded: Outputs = (), encoding: str = "", folder: Path | None = None
 ) -> tuple[Source, float | None]:
     """Read SOURCE or SOURCE=WEIGHT as in `--dataset`.
 

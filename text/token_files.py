@@ -19,6 +19,11 @@ from text.tokenizer import ENCODING, TOKEN_TYPE, VOCABULARY_SIZE
 
 FORMAT_VERSION = 2
 SPLITS = ("train", "test")
+# The names of what lies in a folder of token files, also while they are made.
+NAMES = (
+    r"(stdlib|openwebtext|.+--.+|.+-[0-9a-f]{8})"
+    r"(-(train|test)\.bin|\.(json|verified|lock|parts|finished))(\..+)?"
+)
 
 
 @dataclass(frozen=True)

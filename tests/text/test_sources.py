@@ -227,7 +227,7 @@ def test_what_a_run_writes_below_its_text_is_none_of_it(tmp_path):
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "metrics.csv").write_text("epoch\n1\n")
-    source = TextFiles(tmp_path, (tmp_path / "out", tmp_path))
+    source = TextFiles(tmp_path, ((tmp_path / "out", "x"), (tmp_path, "x")))
     before = source.revision()
     (tmp_path / "out" / "metrics.csv").write_text("epoch\n1\n2\n")
 
