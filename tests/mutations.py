@@ -731,6 +731,15 @@ MUTATIONS = [
         "logs: list = []",
         "it reads what it has written, and cannot be resumed",
     ),
+    Mutation(
+        88,
+        "A mistyped path",
+        ("text/test_sources", "mistyped"),
+        "text/sources.py",
+        "if is_file_name(value) or (near := near_path(value)):",
+        "if False:",
+        "the Hub is asked for it, again and again",
+    ),
 ]
 
 

@@ -16,6 +16,7 @@ from text.errors import reported_errors
 from text.tokenizer import without_surrogates
 
 SUFFIXES = {".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".parquet": "parquet"}
+TEXT_SUFFIXES = (".json", ".txt", ".text", ".md", ".rst", ".tex", ".html", ".xml", ".log", ".py")
 COMPRESSIONS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
@@ -106,6 +107,11 @@ def kind_of_name(name: str) -> str | None:
 def is_json(name: str) -> bool:
     """Tell whether the name is that of JSON, in which only some files hold rows."""
     return suffix_of(name) == ".json"
+
+
+def is_file_name(name: str) -> bool:
+    """Tell whether a name ends as only those of files do; a dataset may be called v1.5."""
+    return is_packed(name) or suffix_of(name) in (*SUFFIXES, *TEXT_SUFFIXES)
 
 
 def suffix_of(name: str) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from text.errors import DataError, one_line, reported_errors
 from text.hub import HubDataset
 from text.instructions import COLUMNS, Example, Turn, encode_turns, turns_of
-from text.local_files import LocalFile, is_json, kind_of_name
+from text.local_files import LocalFile, is_file_name, is_json, kind_of_name
 from text.readers import Reader, Row
 from text.sources import StandardLibrary
 from text.tokenizer import encode, without_surrogates
@@ -118,7 +118,7 @@ def parse_row_source(value: str) -> RowSource:
     if is_there:
         raise ValueError(f"{value} is no .json, .jsonl, .csv or .parquet file")
 
-    if kind_of_rows(path.name):
+    if is_file_name(path.name):
         raise ValueError(f"there is no file {value}")
 
     if dataset := HubDataset.parse(value):

@@ -1,6 +1,7 @@
 """Says which files a source has: text of your own, or the standard library; reads `--dataset`."""
 
 import contextlib
+import difflib
 import hashlib
 import os
 import re
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from text.errors import DataError, reported_errors
 from text.hub import HubDataset
-from text.local_files import Listing, LocalFile, kind_of, kind_of_name
+from text.local_files import Listing, LocalFile, is_file_name, kind_of, kind_of_name
 from text.readers import MAX_DOCUMENT, MIN_PIECE, NoTextError, check_table
 from text.splits import TEST_SHARES, place_hash
 from text.token_files import find_name
@@ -212,6 +213,16 @@ class StandardLibrary(TextFiles):
 Source = TextFiles | HubDataset
 
 
+def near_path(value: str) -> str:
+    """Return a path that is there and nearly the same, empty when there is none."""
+    folder, _, name = value.rpartition("/")
+    with contextlib.suppress(OSError, ValueError):
+        found = difflib.get_close_matches(name, os.listdir(folder), 1, 0.8) if folder else []
+        return f"{folder}/{found[0]}" if found else ""
+
+    return ""
+
+
 def open_logs() -> list[os.stat_result]:
     """Return the files that this process writes its output to."""
     logs = []
@@ -247,6 +258,9 @@ def parse_source(
         try:
             weight = float(tail)
         except ValueError:
+            if "/" in value and not os.path.exists(head):
+                raise ValueError(f"there is no file or folder {value}") from None
+
             raise ValueError(f"a weight must be a number, {tail} given") from None
 
         if not 0 < weight < float("inf"):
@@ -265,6 +279,11 @@ def parse_source(
 
     if folder and value and has_tokens(gone := TextFiles(Path(value)), folder):
         return gone, weight
+
+    # A name on the Hub could be mistyped, too; nobody waits for its answer here.
+    if is_file_name(value) or (near := near_path(value)):
+        hint = "" if is_file_name(value) else f"; did you mean {near}?"
+        raise ValueError(f"there is no file or folder {value}{hint}")
 
     if dataset := HubDataset.parse(value):
         return dataset, weight

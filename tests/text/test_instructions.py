@@ -357,6 +357,7 @@ def test_other_rows_have_another_fingerprint(tmp_path):
         ("", "nothing is neither"),
         ("a" * 5000, "File name too long"),
         ("data/rows.jsonl", "no file"),
+        ("data/rows.txt", "no file"),
         ("nobody", "nobody is neither"),
         ("tests", "is no .json"),
     ],

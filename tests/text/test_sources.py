@@ -479,6 +479,19 @@ def test_what_is_no_source_is_refused(value):
         parse_source(value)
 
 
+@pytest.mark.parametrize("value", ["corpus/trian.txt", "corpus/trian", "./a=b.txt", "x/a.csv.gz=2"])
+def test_a_mistyped_path_is_told_at_once(tmp_path, monkeypatch, value):
+    """It might be a dataset of the Hub, which is not asked."""
+    (tmp_path / "corpus" / "train").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+
+    with pytest.raises(ValueError, match="there is no file or folder [cx.]"):
+        parse_source(value)
+
+    assert parse_source("corpus/another")[0].is_hub
+    assert parse_source("someone/v1.5")[0].is_hub
+
+
 def test_path_with_an_equals_sign_is_a_path(tmp_path):
     folder = tmp_path / "a=1"
     folder.mkdir()
