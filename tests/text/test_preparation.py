@@ -20,6 +20,7 @@ from text import parts, preparation, token_files, workers
 from text.errors import DataError
 from text.parts import JoinedFiles, place_hash
 from text.preparation import load_or_prepare
+from text.prepared import is_prepared
 from text.readers import Reader
 from text.sources import TextFiles, parse_source
 from text.token_files import SPLITS
@@ -149,14 +150,14 @@ def test_a_changed_letter_is_a_change(no_second_preparation, tmp_path):
     content = (text / "000.txt").read_text()
     (text / "000.txt").write_text(content[:-1] + "!")
 
-    assert not preparation.is_prepared(TextFiles(text), tmp_path / "dataset")
+    assert not is_prepared(TextFiles(text), tmp_path / "dataset")
 
 
 def test_a_copy_has_token_files_of_its_own(no_second_preparation, tmp_path):
     text, _ = no_second_preparation
     shutil.copytree(text, tmp_path / "copy")
 
-    assert not preparation.is_prepared(TextFiles(tmp_path / "copy"), tmp_path / "dataset")
+    assert not is_prepared(TextFiles(tmp_path / "copy"), tmp_path / "dataset")
 
 
 def prepared(source, folder):
