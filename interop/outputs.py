@@ -5,14 +5,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from system import files
-from training.checkpoint import (
-    CheckpointError,
-    claimed,
-    lock_output,
-    save_checkpoint,
-    set_aside,
-)
-from training.outputs import written_by
+from training.checkpoint import CheckpointError, save_checkpoint
+from training.outputs import claimed, lock_output, set_aside, written_by
 
 
 class ConversionError(Exception):

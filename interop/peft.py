@@ -14,9 +14,9 @@ from transformers import GPT2LMHeadModel, GPT2Model
 from interop.outputs import ConversionError
 from interop.transformers import (
     check_written,
+    convert_errors,
     new_config,
     report_problems,
-    reported_errors,
     skeleton,
     their_name,
 )
@@ -78,7 +78,7 @@ def export_adapter(lora: dict[str, Tensor], alpha: float, model: GPT, folder: Pa
         fan_in_fan_out=True,
     )
     weights = {their_adapter_name(name): weight.float() for name, weight in lora.items()}
-    with reported_errors(folder, "written"):
+    with convert_errors(folder, "written"):
         theirs = PeftModel(skeleton(new_config(model)), config)
         set_peft_model_state_dict(theirs, weights)
         theirs.save_pretrained(folder, save_embedding_layers=False)
@@ -148,7 +148,7 @@ def read_config(folder: Path) -> LoraConfig:
     if not path.is_file():
         raise ConversionError(f"{path} is missing.")
 
-    with reported_errors(path):
+    with convert_errors(path):
         settings, defaults = LoraConfig.from_json_file(str(path)), vars(LoraConfig())
         changed = {
             name: value
@@ -167,7 +167,7 @@ def read_config(folder: Path) -> LoraConfig:
             f"{path}: init_lora_weights is {beginning}, which changes the base model, too."
         )
 
-    with reported_errors(path):
+    with convert_errors(path):
         return LoraConfig.from_pretrained(str(folder))
 
 
@@ -181,7 +181,7 @@ def read_layers(folder: Path, config: LoraConfig, model: GPT) -> dict[str, LoraL
     if not any((folder / name).is_file() for name in WEIGHT_FILES):
         raise ConversionError(f"{folder} holds no weights: {' or '.join(WEIGHT_FILES)} is missing.")
 
-    with reported_errors(folder):
+    with convert_errors(folder):
         weights = load_peft_weights(str(folder), device="cpu")
         # Others would take the place of the base's own weights.
         ends = (".lora_A.weight", ".lora_B.weight")

@@ -120,7 +120,7 @@ def export_model(model: GPT, folder: Path, introduction: str | None) -> None:
     card = CARD.read_text("utf-8").format(
         purpose=TUNED if is_tuned else PLAIN, parameters=theirs.num_parameters(), config=config
     )
-    with reported_errors(folder, "written"):
+    with convert_errors(folder, "written"):
         theirs.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
@@ -256,7 +256,7 @@ def read_config(folder: Path) -> GPT2Config:
     if not path.is_file():
         raise ConversionError(f"{path} is missing.")
 
-    with reported_errors(path):
+    with convert_errors(path):
         content, _ = GPT2Config.get_config_dict(folder, local_files_only=True)
         theirs = GPT2Config.from_dict(content)
 
@@ -278,7 +278,7 @@ def check_vocabulary(folder: Path) -> None:
     if not any((folder / name).is_file() for name in VOCABULARY_FILES):
         return
 
-    with reported_errors(folder, "read for its vocabulary"):
+    with convert_errors(folder, "read for its vocabulary"):
         vocabulary = GPT2Tokenizer.from_pretrained(folder, local_files_only=True).get_vocab()
 
     # A token that was added behind these has no row of the embeddings.
@@ -296,7 +296,7 @@ def load(folder: Path, config: GPT2Config) -> GPT2LMHeadModel:
     if (folder / "adapter_config.json").exists():
         raise ConversionError(f"{folder} holds an adapter; --from_peft reads it.")
 
-    with reported_errors(folder):
+    with convert_errors(folder):
         model, report = GPT2LMHeadModel.from_pretrained(
             folder,
             config=config,
@@ -328,7 +328,7 @@ def report_problems(problems: set[str], folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def reported_errors(path: Path, action: str = "read") -> Iterator[None]:
+def convert_errors(path: Path, action: str = "read") -> Iterator[None]:
     """Silence the libraries, and put what they raise into one line."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()

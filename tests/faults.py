@@ -7,7 +7,7 @@ import torch
 from conftest import SAVE_AT_ONCE
 
 from training import checkpoint
-from training.checkpoint import claimed
+from training.outputs import claimed
 
 
 def claim(path: Path) -> None:

@@ -62,7 +62,7 @@ def test_run_learns_and_leaves_the_base_alone(fine_tune, small, base_path, tmp_p
 
     output = capsys.readouterr().out
     state = read(tmp_path / "lora.pt")
-    first = float(output.split("from ")[-1].split(".\n")[0])
+    first = float(output.split("base model: ")[-1].split(")")[0])
 
     with open(tmp_path / "metrics.csv") as file:
         losses = [float(row["test_loss"]) for row in csv.DictReader(file)]

@@ -4,15 +4,12 @@
 bytes are a checksum. The latest file, the previous one and the best by test loss stay side by side.
 """
 
-import contextlib
-import errno
 import hashlib
 import os
 import struct
 import sys
-import time
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from os import PathLike
 from pathlib import Path
@@ -22,8 +19,8 @@ import torch
 from torch import Tensor
 
 from model import GPT
-from system.files import duplicate, lock_path, replaced, sync, temporary_path
-from system.locks import PATIENCE, HeldError, Lock
+from system.files import duplicate, replaced, sync, temporary_path
+from system.locks import PATIENCE, Lock
 from system.memory import available_memory, num_bytes
 from text.tokenizer import ENCODING
 from training.lora import merge_lora
@@ -128,67 +125,6 @@ def best_path(path: Path) -> Path:
     return path.with_name(f"{path.stem}.best{path.suffix}")
 
 
-@contextlib.contextmanager
-def claimed(path: Path, flag: str) -> Iterator[Lock]:
-    """Hold the lock of an output file, and prove that it can be written.
-
-    Args:
-        flag: the flag that named the file.
-
-    Raises:
-        CheckpointError: when it cannot be written, or another process is writing it.
-    """
-    with contextlib.ExitStack() as stack:
-        with convert_write_errors(path):
-            if path.is_dir():
-                raise IsADirectoryError(errno.EISDIR, "Is a directory")
-
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context(lock_output(path, flag))
-            # Only under the lock: another run may be writing to this name.
-            temporary_path(path).write_bytes(b"")
-
-            # Also what a killed run has left.
-            for name in (path, previous_path(path), best_path(path)):
-                temporary_path(name).unlink(missing_ok=True)
-
-        yield lock
-
-
-def lock_output(path: Path, flag: str) -> Lock:
-    """Take the lock of an output path.
-
-    Args:
-        flag: the flag that named the path.
-
-    Raises:
-        CheckpointError: when another process is writing it.
-        OSError: when the lock cannot be written.
-    """
-
-    def report(holder: str) -> None:
-        limit = f"{PATIENCE:.0f} s without a heartbeat"
-        print(f"Wait:   {path} is locked by {holder}; taking over after {limit}", flush=True)
-
-    try:
-        return Lock(lock_path(path), wait=False, on_wait=report)
-    except HeldError as error:
-        raise CheckpointError(
-            f"{path} is being written by {error}; end it, or choose another {flag}."
-        ) from error
-
-
-@contextlib.contextmanager
-def convert_write_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError into a CheckpointError that names the path."""
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(
-            f"{path} cannot be written: {error.strerror}. Choose another path."
-        ) from error
-
-
 def save_checkpoint(path: Path, state: dict, is_best: bool = False) -> None:
     """Write a checkpoint that is whole or absent, and keep the previous one beside it.
 
@@ -256,34 +192,6 @@ def write_archive(file: ChecksumFile, state: dict) -> None:
             raise error.__context__ from None
 
         raise
-
-
-def set_aside(path: Path, *others: Path) -> Path | None:
-    """Rename the files of an earlier run, out of the way of a new one.
-
-    Args:
-        path: its checkpoint; the previous and the best one go with it.
-        others: further files of that run.
-
-    Returns:
-        Where the checkpoint is now; None when there was none.
-    """
-    if not path.exists():
-        return None
-
-    stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(path.stat().st_mtime))
-    while stamped_path(path, stamp).exists():
-        stamp += "+"
-
-    for file in (*others, previous_path(path), best_path(path), path):
-        if file.exists():
-            os.replace(file, stamped_path(file, stamp))
-
-    return stamped_path(path, stamp)
-
-
-def stamped_path(path: Path, stamp: str) -> Path:
-    return path.with_name(f"{path.stem}.{stamp}{path.suffix}")
 
 
 def load_checkpoint(path: Path, required: Iterable[str], is_mapped: bool = False) -> dict:

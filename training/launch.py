@@ -25,7 +25,8 @@ from system.memory import is_out_of_memory, peak_memory, tune_memory
 from system.signals import Interrupted
 from text.errors import DataError
 from training.arguments import Parser, Settings, UsageError, fail
-from training.checkpoint import CheckpointError, CheckpointWriter, claimed
+from training.checkpoint import CheckpointError, CheckpointWriter
+from training.outputs import claimed
 from training.trainer import TrainingError
 
 # Their messages are one line for the user.

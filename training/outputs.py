@@ -1,11 +1,17 @@
-"""Lists the files that a run writes, and checks that they do not overwrite each other."""
+"""Keeps the files that a run writes apart: from each other, from other runs, from earlier ones."""
 
+import contextlib
+import errno
+import os
 import re
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from system.files import lock_path, temporary_path
+from system.locks import PATIENCE, HeldError, Lock
 from training.arguments import Settings, UsageError
-from training.checkpoint import best_path, previous_path
+from training.checkpoint import CheckpointError, best_path, previous_path
 from training.metrics import picture_path
 
 
@@ -59,3 +65,95 @@ def check_outputs(settings: Settings) -> None:
             "--metrics_path must not end in .svg, as the picture of the table does;"
             f" {settings.metrics_path} given"
         )
+
+
+# --- Before a run writes them ---
+
+
+@contextlib.contextmanager
+def claimed(path: Path, flag: str) -> Iterator[Lock]:
+    """Hold the lock of an output file, and prove that it can be written.
+
+    Args:
+        flag: the flag that named the file.
+
+    Raises:
+        CheckpointError: when it cannot be written, or another process is writing it.
+    """
+    with contextlib.ExitStack() as stack:
+        with convert_write_errors(path):
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, "Is a directory")
+
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(lock_output(path, flag))
+            # Only under the lock: another run may be writing to this name.
+            temporary_path(path).write_bytes(b"")
+
+            # Also what a killed run has left.
+            for name in (path, previous_path(path), best_path(path)):
+                temporary_path(name).unlink(missing_ok=True)
+
+        yield lock
+
+
+def lock_output(path: Path, flag: str) -> Lock:
+    """Take the lock of an output path.
+
+    Args:
+        flag: the flag that named the path.
+
+    Raises:
+        CheckpointError: when another process is writing it.
+        OSError: when the lock cannot be written.
+    """
+
+    def report(holder: str) -> None:
+        limit = f"{PATIENCE:.0f} s without a heartbeat"
+        print(f"Wait:   {path} is locked by {holder}; taking over after {limit}", flush=True)
+
+    try:
+        return Lock(lock_path(path), wait=False, on_wait=report)
+    except HeldError as error:
+        raise CheckpointError(
+            f"{path} is being written by {error}; end it, or choose another {flag}."
+        ) from error
+
+
+@contextlib.contextmanager
+def convert_write_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError into a CheckpointError that names the path."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be written: {error.strerror}. Choose another path."
+        ) from error
+
+
+def set_aside(path: Path, *others: Path) -> Path | None:
+    """Rename the files of an earlier run, out of the way of a new one.
+
+    Args:
+        path: its checkpoint; the previous and the best one go with it.
+        others: further files of that run.
+
+    Returns:
+        Where the checkpoint is now; None when there was none.
+    """
+    if not path.exists():
+        return None
+
+    stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(path.stat().st_mtime))
+    while stamped_path(path, stamp).exists():
+        stamp += "+"
+
+    for file in (*others, previous_path(path), best_path(path), path):
+        if file.exists():
+            os.replace(file, stamped_path(file, stamp))
+
+    return stamped_path(path, stamp)
+
+
+def stamped_path(path: Path, stamp: str) -> Path:
+    return path.with_name(f"{path.stem}.{stamp}{path.suffix}")

@@ -26,8 +26,9 @@ from system.memory import is_out_of_memory
 from system.signals import Interrupted
 from text.tokenizer import ENCODING
 from training.arguments import Settings
-from training.checkpoint import FORMAT_VERSION, CheckpointWriter, set_aside
+from training.checkpoint import FORMAT_VERSION, CheckpointWriter
 from training.metrics import MetricsFile, describe_row, picture_path
+from training.outputs import set_aside
 from training.trainer import MicroBatches, Trainer, TrainingError
 
 

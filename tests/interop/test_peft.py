@@ -105,7 +105,7 @@ def test_an_adapter_without_an_output_layer_becomes_ours(convert, gpt2_folder, c
     x = torch.arange(20)[None]
 
     with torch.no_grad():
-        ours = read_model(lora_path=Path("out/lora.pt")).encode(x)
+        ours = read_model(lora_path=Path("out/lora.pt")).hidden_states(x)
         torch.testing.assert_close(ours, model(x).last_hidden_state, atol=1e-4, rtol=0)
 
     assert "Kept:   an earlier one, as out/lora.2" in output

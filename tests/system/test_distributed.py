@@ -49,7 +49,7 @@ def test_items_are_shared_out_in_turns(size, num_items):
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_what_fills_up_has_no_targets(size):
     data = SimpleNamespace(
-        numbers=lambda update: range(5, 9),
+        batch_numbers=lambda update: range(5, 9),
         batch=lambda number: (torch.full((2, 3), number), torch.full((2, 3), number)),
     )
     steps = [load_micro_batches(data, 0, World(rank, size)) for rank in range(size)]

@@ -22,14 +22,13 @@ from training.checkpoint import (
     CheckpointWriter,
     best_path,
     build_model,
-    claimed,
     load_checkpoint,
     merge_lora_checkpoint,
     previous_path,
     save_checkpoint,
-    set_aside,
     temporary_path,
 )
+from training.outputs import claimed, set_aside
 
 
 def state_of(number: int) -> dict:

@@ -10,7 +10,7 @@ from training.run import prefetch
 
 
 def data_of(batch):
-    return SimpleNamespace(numbers=lambda update: [update], batch=batch)
+    return SimpleNamespace(batch_numbers=lambda update: [update], batch=batch)
 
 
 @pytest.mark.parametrize("updates", [range(0), range(1), range(3, 9)])
