@@ -9,7 +9,7 @@ from pathlib import Path
 # Not there with PYTHONSAFEPATH.
 sys.path.insert(0, str(Path(__file__).parent))
 
-from training.arguments import Parser, command, fail
+from training.arguments import Parser, command, fail, path_str
 
 EXTRAS = ("transformers", "peft")
 
@@ -20,29 +20,41 @@ def build_parser() -> Parser:
     add = parser.add_argument_group("what to do, one of these").add_argument
     add(
         "--to_hugging_face",
+        type=path_str,
         metavar="DIR",
         help="Write the model, merged with its adapter if it has one, into a new folder that"
         " transformers loads.",
     )
     add(
         "--from_hugging_face",
+        type=path_str,
         metavar="NAME_OR_DIR",
         help="Make a checkpoint of GPT-2 weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl or another"
         " model on the Hugging Face Hub, or a folder.",
     )
-    add("--to_peft", metavar="DIR", help="Write the adapter into a new folder that peft loads.")
     add(
-        "--from_peft", metavar="DIR", help="Make a LoRA checkpoint of a peft adapter for the model."
+        "--to_peft",
+        type=path_str,
+        metavar="DIR",
+        help="Write the adapter into a new folder that peft loads.",
+    )
+    add(
+        "--from_peft",
+        type=path_str,
+        metavar="DIR",
+        help="Make a LoRA checkpoint of a peft adapter for the model.",
     )
 
     add = parser.add_argument_group("files").add_argument
     add(
         "--checkpoint_path",
+        type=path_str,
         default="./out/checkpoint.pt",
         help="The path to the checkpoint file on disk; --from_hugging_face writes it.",
     )
     add(
         "--lora_path",
+        type=path_str,
         default="./out/lora.pt",
         help="The path to the LoRA checkpoint; --from_peft writes it. To --to_hugging_face, without"
         " the flag it is merged if it is there and of this base; empty for none.",
@@ -125,10 +137,11 @@ def to_hugging_face(args: Namespace, given: set[str]) -> None:
     folder, path, lora_path = Path(args.to_hugging_face), args.checkpoint_path, args.lora_path
     with new_folder(folder, "--to_hugging_face") as temporary:
         model = load_model(path)
-        is_tuned = bool(lora_path) and merge_adapter(model, Path(lora_path), "lora_path" in given)
-        name = f"{path} with {lora_path}" if is_tuned else path
+        is_needed = "lora_path" in given
+        introduction = merge_adapter(model, Path(lora_path), is_needed) if lora_path else None
+        name = path if introduction is None else f"{path} with {lora_path}"
         print(f"Model:  {name}, {model.num_parameters:,} parameters")
-        export_model(model, temporary, is_tuned)
+        export_model(model, temporary, introduction)
 
     print_files(folder)
     print("Next:   from transformers import AutoModelForCausalLM, AutoTokenizer")

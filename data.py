@@ -24,7 +24,7 @@ from torch import Tensor
 from system.distributed import World
 from text.errors import DataError
 from text.preparation import load_or_prepare
-from text.sources import Source, parse_source
+from text.sources import Outputs, Source, parse_source
 from text.token_files import TokenDataset
 from text.tokenizer import TOKEN_TYPE, token_sizes
 
@@ -136,17 +136,24 @@ class Corpus:
             )
 
 
-def parse_sources(values: Sequence[str], excluded: tuple[Path, ...]) -> Sources:
+def parse_sources(
+    values: Sequence[str],
+    excluded: Outputs,
+    encoding: str = "",
+    folder: Path | None = None,
+) -> Sources:
     """Read the values of `--dataset`.
 
     Args:
-        excluded: folders to skip inside a folder of text.
+        excluded: as TextFiles has them.
+        encoding: of text that is neither UTF-8 nor marked as UTF-16.
+        folder: that of the token files.
 
     Raises:
         ValueError: when a value names no source, a name is given twice, or weights do not fit.
     """
     try:
-        sources = [parse_source(value, excluded) for value in values]
+        sources = [parse_source(value, excluded, encoding, folder) for value in values]
         resolve_weights([weight for _, weight in sources], [1] * len(sources))
     except ValueError as error:
         raise ValueError(f"--dataset: {error}") from None
@@ -157,13 +164,19 @@ def parse_sources(values: Sequence[str], excluded: tuple[Path, ...]) -> Sources:
     return sources
 
 
-def open_corpus(settings: Namespace, sources: Sources, world: World) -> Corpus:
+def open_corpus(
+    settings: Namespace, sources: Sources, world: World, saved: Sequence[list] = ()
+) -> Corpus:
     """Open the sources of a run, for training and for testing.
+
+    Args:
+        saved: the fingerprint of a run that is resumed, whose token files are not replaced.
 
     Raises:
         DataError: when files are damaged, or a source is unfit or too short.
     """
-    datasets = open_datasets(settings, sources, world)
+    kept = [checksum for *_, checksum in saved]
+    datasets = open_datasets(settings, sources, world, kept=kept)
     trains = [dataset.train for dataset in datasets]
     weights = resolve_weights([weight for _, weight in sources], [len(t) for t in trains])
     samples_per_update = settings.batch_size * settings.gradient_accumulation_steps
@@ -177,15 +190,26 @@ def open_corpus(settings: Namespace, sources: Sources, world: World) -> Corpus:
     )
 
 
-def open_datasets(settings: Namespace, sources: Sources, world: World) -> list[TokenDataset]:
+def open_datasets(
+    settings: Namespace,
+    sources: Sources,
+    world: World,
+    is_split: bool = True,
+    kept: Sequence[str] = (),
+) -> list[TokenDataset]:
     """Open the token files of sources; prepare those that are missing.
+
+    Args:
+        is_split, kept: as load_or_prepare has them.
 
     Raises:
         DataError: when files are damaged, or a source is unfit.
     """
     folder, num_processes = Path(settings.dataset_path), settings.num_dataset_processes
     with world.one_per_machine_first():
-        datasets = [load_or_prepare(source, folder, num_processes) for source, _ in sources]
+        datasets = [
+            load_or_prepare(source, folder, num_processes, is_split, kept) for source, _ in sources
+        ]
 
     world.check_same("The data", [dataset.fingerprint for dataset in datasets])
     return datasets

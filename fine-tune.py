@@ -31,6 +31,7 @@ from training.arguments import (
     add_seed,
     check_accumulation,
     dropout_float,
+    path_str,
     positive_float,
     positive_int,
 )
@@ -189,6 +190,7 @@ def checkpoint_metadata(
         "base": base,
         "base_test_loss": base_loss,
         "dataset": data.fingerprint,
+        "introduction": data.examples.introduction,
         "settings": settings.select(FIXED_FLAGS + FREE_FLAGS),
     }
 
@@ -228,10 +230,16 @@ def build_parser() -> Parser:
     parser = Parser(prog="fine-tune.py", description=(__doc__ or "").partition("\n")[0])
 
     add = parser.add_argument_group("model and data").add_argument
-    add("--base_model_path", default="./out/checkpoint.pt", help="Checkpoint of the base model.")
+    add(
+        "--base_model_path",
+        type=path_str,
+        default="./out/checkpoint.pt",
+        help="Checkpoint of the base model.",
+    )
     add("--preset", choices=list(PRESETS), help="Named defaults; single flags override them.")
     add(
         "--dataset",
+        type=path_str,
         default="alpaca",
         metavar="SOURCE",
         help="What to learn from: alpaca, stdlib, a .json, .jsonl, .csv or .parquet file of your"

@@ -19,6 +19,7 @@ from training.arguments import (
     add_seed,
     fail,
     non_negative_float,
+    path_str,
     positive_int,
     share_float,
 )
@@ -30,9 +31,15 @@ def build_parser() -> Parser:
     parser = Parser(prog="generate.py", description=__doc__)
 
     add = parser.add_argument_group("model").add_argument
-    add("--checkpoint_path", default="./out/checkpoint.pt", help="Checkpoint of the model.")
+    add(
+        "--checkpoint_path",
+        type=path_str,
+        default="./out/checkpoint.pt",
+        help="Checkpoint of the model.",
+    )
     add(
         "--lora_path",
+        type=path_str,
         default="./out/lora.pt",
         help="Adapter; by default used if it is there and of this base; empty for none.",
     )
@@ -134,7 +141,8 @@ class TextGenerator:
 
         path, lora_path = Path(args.checkpoint_path), Path(args.lora_path)
         model = load_model(path)
-        self.is_tuned = bool(args.lora_path) and merge_adapter(model, lora_path, needs_lora)
+        # What prompts of a fine-tuned model begin with.
+        self.introduction = merge_adapter(model, lora_path, needs_lora) if args.lora_path else None
 
         precision = resolve_precision(device) if args.precision == "auto" else args.precision
         self.model = model.to(device, PRECISIONS[precision]).eval()
@@ -182,6 +190,10 @@ class TextGenerator:
         self.num_answers += 1
 
     @property
+    def is_tuned(self) -> bool:
+        return self.introduction is not None
+
+    @property
     def uses_template(self) -> bool:
         return self.is_tuned and not self.args.raw
 
@@ -190,7 +202,10 @@ class TextGenerator:
         from text.instructions import format_prompt
         from text.tokenizer import END_OF_TEXT, encode
 
-        tokens = encode(format_prompt(prompt) if self.uses_template else prompt).tolist()
+        if self.uses_template:
+            prompt = format_prompt(prompt, introduction=self.introduction)
+
+        tokens = encode(prompt).tolist()
         if not tokens:
             note("Empty prompt: starting a new text.")
             return [END_OF_TEXT]

@@ -18,6 +18,7 @@ from data import Corpus, Sources, open_corpus, open_datasets, parse_sources
 from model import GPT, check_sizes
 from system.devices import compile_model, matmul_dtype, total_matmul_rate
 from system.distributed import World
+from text.token_files import NAMES
 from training.arguments import (
     Parser,
     Settings,
@@ -32,8 +33,10 @@ from training.arguments import (
     add_seed,
     check_accumulation,
     dropout_float,
+    encoding_str,
     non_negative_float,
     non_negative_int,
+    path_str,
     positive_float,
     positive_int,
 )
@@ -41,7 +44,7 @@ from training.evaluation import report_losses
 from training.initial import load_initial_weights, read_model
 from training.launch import Launch
 from training.optimizers import Optimizers, step_factors
-from training.outputs import check_outputs, outputs_by_flag
+from training.outputs import check_outputs, names_by_folder, outputs_by_flag
 from training.planning import dry_run
 from training.recipe import build_schedule, model_args, num_updates, samples_per_update
 from training.report import (
@@ -115,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
         if is_finished(settings, checkpoint):
             return 0
 
-        corpus = open_corpus(settings, sources, world)
+        corpus = open_corpus(settings, sources, world, checkpoint.get("dataset", ()))
         trainer = build_trainer(settings, weights, world)
         # Copied by now: otherwise the run would hold them to its end.
         weights.clear()
@@ -193,10 +196,11 @@ def evaluate(settings: Settings, sources: Sources, world: World) -> None:
     precision = choose_precision(world) if is_open else settings.precision
     settings = settings.replace(seed=0, precision=precision)
     trainer = build_trainer(settings, model.state_dict(), world)
-    datasets = open_datasets(settings, sources, world)
+    is_all = settings.eval_split == "all"
+    datasets = open_datasets(settings, sources, world, is_split=not is_all)
     describe_model(settings, trainer)
     describe_device(settings, trainer, "not compiled")
-    report_losses(trainer, datasets, settings.batch_size, settings.eval_split == "all")
+    report_losses(trainer, datasets, settings.batch_size, is_all)
 
 
 # --- Flags ---
@@ -208,6 +212,7 @@ def build_parser() -> Parser:
     add = parser.add_argument_group("data").add_argument
     add(
         "--dataset",
+        type=path_str,
         nargs="+",
         action="extend",
         default=["openwebtext"],
@@ -216,7 +221,18 @@ def build_parser() -> Parser:
         " folder of your own text, or a dataset on the Hugging Face Hub (owner/name or"
         " owner/name:config).",
     )
-    add("--dataset_path", default="./dataset", help="Folder of the token files.")
+    add(
+        "--dataset_path",
+        type=path_str,
+        default="./dataset",
+        help="Folder of the token files.",
+    )
+    add(
+        "--text_encoding",
+        type=encoding_str,
+        help="Encoding of your own text, such as cp1252 or gb18030; None is UTF-8, or UTF-16 where"
+        " the text says so.",
+    )
     add(
         "--num_dataset_processes",
         type=positive_int,
@@ -228,6 +244,7 @@ def build_parser() -> Parser:
     add("--preset", choices=list(PRESETS), help="Named defaults; single flags override them.")
     add(
         "--initial_checkpoint",
+        type=path_str,
         help="Checkpoint whose weights the run begins with; sizes that are not given are those of"
         " its model.",
     )
@@ -306,12 +323,14 @@ def check_arguments(settings: Settings, num_processes: int) -> Sources:
         check_recipe(settings)
         check_accumulation(settings, num_processes)
 
-    # A folder of text may contain the outputs of the run: skip them.
-    outputs = [
-        Path(path).resolve().parent for path in (settings.checkpoint_path, settings.metrics_path)
-    ]
     try:
-        return parse_sources(settings.dataset, (Path(settings.dataset_path), *outputs))
+        return parse_sources(
+            settings.dataset,
+            # A folder of text may contain what the run writes.
+            ((Path(settings.dataset_path), NAMES), *names_by_folder(settings)),
+            settings.text_encoding or "",
+            Path(settings.dataset_path),
+        )
     except ValueError as error:
         raise UsageError(str(error)) from None
 

@@ -41,7 +41,8 @@ from system.devices import compile_model, resolve_device, resolve_precision
 from system.distributed import World
 from system.memory import tune_memory
 from text import parts
-from text.preparation import is_prepared, load_or_prepare
+from text.preparation import load_or_prepare
+from text.prepared import is_prepared
 from text.sources import Source, parse_source
 from text.token_files import SPLITS, TokenDataset, open_dataset, read_sidecar, token_path
 from text.tokenizer import END_OF_TEXT, PIECES, TOKEN_TYPE, VOCABULARY_SIZE, load_encoding

@@ -27,7 +27,7 @@ from transformers.utils import logging
 
 from interop.outputs import ConversionError
 from model import GPT
-from text.instructions import LATER_TURN, WITHOUT_INPUT
+from text.instructions import GREETING, INTRODUCTION, TURN
 from text.tokenizer import ENCODING, END_OF_TEXT, VOCABULARY_SIZE, read_ranks
 from training.checkpoint import FORMAT_VERSION
 
@@ -90,11 +90,12 @@ TUNED = (
 )
 
 
-def export_model(model: GPT, folder: Path, is_tuned: bool) -> None:
+def export_model(model: GPT, folder: Path, introduction: str | None) -> None:
     """Write a model, its tokenizer and a card into a folder, and read the weights back.
 
     Args:
-        is_tuned: whether it was fine-tuned on instructions, and needs their template.
+        introduction: what its prompts begin with, empty for the template's own; None for a model
+            that was not fine-tuned, which gets no template.
 
     Raises:
         ConversionError: when it has another vocabulary, or cannot be written.
@@ -114,7 +115,8 @@ def export_model(model: GPT, folder: Path, is_tuned: bool) -> None:
         **dict.fromkeys(["bos_token_id", "eos_token_id", "pad_token_id"], END_OF_TEXT)
     )
     tokenizer = new_tokenizer(model.block_size)
-    tokenizer.chat_template = chat_template() if is_tuned else None
+    is_tuned = introduction is not None
+    tokenizer.chat_template = None if introduction is None else chat_template(introduction)
     card = CARD.read_text("utf-8").format(
         purpose=TUNED if is_tuned else PLAIN, parameters=theirs.num_parameters(), config=config
     )
@@ -363,10 +365,22 @@ def new_tokenizer(block_size: int) -> GPT2Tokenizer:
     )
 
 
-def chat_template() -> str:
-    """Return the template of a conversation in Jinja, as text.instructions.turns_of has it."""
-    opening, closing = WITHOUT_INPUT.split("{instruction}")
-    later, _ = LATER_TURN.split("{instruction}")
-    texts = {"opening": opening, "closing": closing, "later": later}
-    lines = [f"{{%- set {name} = {json.dumps(text)} -%}}\n" for name, text in texts.items()]
+def chat_template(introduction: str) -> str:
+    """Return the template of a conversation in Jinja, as text.instructions.turns_of has it.
+
+    Args:
+        introduction: what prompts begin with; empty for the template's own.
+    """
+    question, answer = TURN.split("{instruction}")
+    texts = {
+        "default_introduction": introduction or INTRODUCTION,
+        "before_greeting": GREETING.removesuffix("{greeting}"),
+        "before_question": question,
+        "before_answer": answer,
+    }
+    # Jinja reads no pairs of surrogates.
+    lines = [
+        f"{{%- set {name} = {json.dumps(text, ensure_ascii=False)} -%}}\n"
+        for name, text in texts.items()
+    ]
     return "".join(lines) + TEMPLATE.read_text("utf-8")

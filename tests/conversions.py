@@ -68,7 +68,7 @@ def write_checkpoint(path: Path, bias: bool = False, **sizes) -> GPT:
     return model
 
 
-def write_adapter(path: Path, model: GPT, rank: int = 3, alpha: float = 0.7) -> dict:
+def write_adapter(path: Path, model: GPT, rank: int = 3, alpha: float = 0.7, **changes) -> dict:
     torch.manual_seed(2)
     state = {
         "format_version": FORMAT_VERSION,
@@ -76,6 +76,7 @@ def write_adapter(path: Path, model: GPT, rank: int = 3, alpha: float = 0.7) -> 
         "lora_args": {"rank": rank, "alpha": alpha},
         "lora": {name: torch.randn(shape) / 3 for name, shape in lora_shapes(model, rank).items()},
         "base": fingerprint(model.state_dict()),
+        **changes,
     }
     save_checkpoint(path, state)
 

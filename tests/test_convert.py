@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from interop import transformers
 from system.locks import Lock
+from text.instructions import format_prompt
 from training.checkpoint import (
     fingerprint,
     load_checkpoint,
@@ -58,6 +59,18 @@ def test_an_adapter_is_merged_as_in_generate(convert, flag):
     assert_same_text(ours, AutoModelForCausalLM.from_pretrained("model").eval())
     assert bool(AutoTokenizer.from_pretrained("model").chat_template) == is_merged
     assert ("out/lora.pt, " in output) == is_merged
+
+
+def test_a_chat_template_begins_as_the_rows_of_the_adapter(convert):
+    introduction = 'You say "{{ 1 }}" %} in \N{BRIDGE AT NIGHT}.\n'
+    base = write_checkpoint(Path("out/checkpoint.pt"))
+    write_adapter(Path("out/lora.pt"), base, introduction=introduction)
+    convert("--to_hugging_face=model")
+    text = AutoTokenizer.from_pretrained("model").apply_chat_template(
+        [{"role": "user", "content": "Who?"}], tokenize=False, add_generation_prompt=True
+    )
+
+    assert text == format_prompt("Who?", introduction=introduction)
 
 
 def test_an_adapter_of_another_base_is_left_out_or_refused(convert, refused):

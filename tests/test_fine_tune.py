@@ -85,6 +85,17 @@ def test_run_learns_and_leaves_the_base_alone(fine_tune, small, base_path, tmp_p
     assert "Next:   python generate.py" in output
 
 
+def test_an_adapter_keeps_what_its_rows_began_with(fine_tune, small, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    messages = [
+        {"role": role, "content": "A ferryman."} for role in ("system", "user", "assistant")
+    ]
+    path.write_text(f"{json.dumps({'messages': messages})}\n" * 20)
+
+    assert fine_tune.main(small("--num_epochs=1", dataset=path)) == 0
+    assert read(tmp_path / "lora.pt")["introduction"] == "A ferryman."
+
+
 def test_what_was_saved_is_what_was_tested(fine_tune, small, base_path, rows_path, tmp_path):
     """The base with the adapter merged has, by plain cross entropy, the loss that was written."""
     from text.rows import RowFile, load_examples

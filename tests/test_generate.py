@@ -16,6 +16,7 @@ import torch
 from conftest import ROOT
 
 from model import GPT
+from text.instructions import INTRODUCTION
 from text.tokenizer import END_OF_TEXT, encode, load_encoding
 from training.checkpoint import (
     FORMAT_VERSION,
@@ -491,9 +492,16 @@ def test_an_adapter_adds_the_product_of_its_matrices(checkpoint, tmp_path):
     assert len(changed) == 4 * len(model.blocks)
 
 
-def test_the_template_is_put_around_an_instruction(run, script, checkpoint, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("changes", "introduction"),
+    [({}, INTRODUCTION), ({"introduction": "You are a ferryman."}, "You are a ferryman.")],
+)
+def test_the_template_is_put_around_an_instruction(
+    run, script, checkpoint, tmp_path, monkeypatch, changes, introduction
+):
+    """It begins as the rows of the adapter began."""
     (tmp_path / "out").mkdir()
-    write_lora(tmp_path / "out" / "lora.pt", load_checkpoint(checkpoint, ("model",)))
+    write_lora(tmp_path / "out" / "lora.pt", load_checkpoint(checkpoint, ("model",)), **changes)
     prompts = []
     tokens = script.TextGenerator.tokens
 
@@ -506,7 +514,10 @@ def test_the_template_is_put_around_an_instruction(run, script, checkpoint, tmp_
     run("--prompt=Say {input}", *FAST, "--raw")
     wrapped, raw = (load_encoding().decode(prompt) for prompt in prompts)
 
-    assert wrapped.endswith("### Instruction:\nSay {input}\n\n### Response:\n")
+    # The context may not hold all of it.
+    expected = f"{introduction}\n\n### Instruction:\nSay {{input}}\n\n### Response:\n"
+    assert expected.endswith(wrapped)
+    assert len(wrapped) > 60
     assert raw == "Say {input}"
 
 
@@ -526,6 +537,7 @@ def test_the_template_is_put_around_an_instruction(run, script, checkpoint, tmp_
         ),
         ({"lora": {"blocks.0.mlp.hidden.lora_a": torch.full((2, 2), float("inf"))}}, "not finite"),
         ({"lora_args": {}}, "does not fit"),
+        ({"introduction": 3}, "its introduction is no text"),
     ],
 )
 def test_an_adapter_of_another_model_is_refused(run, checkpoint, tmp_path, changes, message):

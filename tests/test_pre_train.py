@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shlex
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -14,8 +15,10 @@ import pytest
 import torch
 from conftest import ROOT, SAVE_AT_ONCE, assert_same_run, finish, launch, write_documents
 from faults import KILL_AT, SIGNAL_AT, read
+from token_folders import contents
 
 from system.devices import resolve_device
+from text.sources import TextFiles
 from training import run, trainer
 from training.checkpoint import best_path, previous_path, save_checkpoint
 
@@ -456,15 +459,92 @@ def test_resuming_with_another_tokenizer_is_refused(pre_train, small, tmp_path, 
 
 
 def test_resuming_on_changed_data_is_refused(pre_train, small, tmp_path, error_of):
+    """Also when its token files are not there any more."""
     (tmp_path / "text").mkdir()
     write_documents(tmp_path / "text", 60)
-    argv = small(dataset=tmp_path / "text")
+    argv = small(f"--dataset_path={tmp_path / 'dataset'}", dataset=tmp_path / "text")
     pre_train.main([*argv, "--num_epochs=1"])
     (tmp_path / "text" / "000.txt").write_text("something else")
+    shutil.rmtree(tmp_path / "dataset")
     status, line = error_of([*argv, "--resume"])
 
     assert status == 1
     assert "The data changed since the checkpoint was saved" in line
+
+
+def test_changed_text_is_refused_before_token_files_are_replaced(
+    pre_train, small, tmp_path, error_of
+):
+    (tmp_path / "text").mkdir()
+    write_documents(tmp_path / "text", 80)
+    flags = [f"--dataset_path={tmp_path / 'dataset'}", "--num_epochs=1"]
+    argv = small(*flags, dataset=tmp_path / "text")
+    assert pre_train.main(argv) == 0
+
+    before = contents(tmp_path / "dataset")
+    (tmp_path / "text" / "000.txt").write_text("another beginning")
+    status, line = error_of([*argv, "--resume", "--num_epochs=2"])
+
+    assert status == 1
+    assert "The data changed since the checkpoint was saved" in line
+    assert contents(tmp_path / "dataset") == before
+
+
+IN_A_FOLDER = """
+import os
+os.chdir({folder!r})
+os.dup2(os.open("log.txt", os.O_APPEND | os.O_CREAT | os.O_WRONLY), 1)
+"""
+KILLED_WHEN_PREPARED = """
+import signal
+import text.preparation as preparation
+preparation.publish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("dataset_path", [".", "./dataset"])
+def test_what_a_run_writes_beside_its_text_is_none_of_it(small, tmp_path, dataset_path):
+    """Checkpoints, metrics, token files, parts and a log, of a killed run and a resumed one."""
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    write_documents(folder, 80)
+    argv = small(f"--dataset_path={dataset_path}", out=Path(), dataset=Path())
+    name = TextFiles(folder).name
+    patch = IN_A_FOLDER.format(folder=str(folder))
+    status, _, errors = finish(launch(argv, patch + KILLED_WHEN_PREPARED))
+    assert status == -signal.SIGKILL, errors
+
+    for flags in (["--num_epochs=1"], ["--resume"]):
+        status, _, errors = finish(launch([*argv, *flags], patch))
+        assert status == 0, errors
+
+    log = (folder / "log.txt").read_text()
+    sidecar = json.loads((folder / dataset_path / f"{name}.json").read_text())
+    assert "going on with" in log
+    assert "changed" not in log
+    assert "not text" not in log
+    assert sidecar["train"]["documents"] + sidecar["test"]["documents"] == 80
+
+
+def test_moved_text_is_resumed_and_its_columns_with_it(pre_train, small, tmp_path):
+    """Also where its token files were made anew, under another name."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write_documents(tmp_path / name, 80)
+
+    def argv(first: Path, *extra: str) -> list[str]:
+        return [
+            *small(f"--dataset_path={tmp_path / 'dataset'}", *extra, dataset=first),
+            f"--dataset={tmp_path / 'b'}",
+        ]
+
+    assert pre_train.main(argv(tmp_path / "a", "--num_epochs=1")) == 0
+    (tmp_path / "a").rename(tmp_path / "c")
+    shutil.rmtree(tmp_path / "dataset")
+    assert pre_train.main(argv(tmp_path / "c", "--num_epochs=2", "--resume")) == 0
+
+    name = TextFiles(tmp_path / "c").name
+    assert [bool(row[f"test_loss_{name}"]) for row in rows(tmp_path)] == [True, True]
 
 
 @pytest.mark.parametrize("content", [None, "empty", "truncated", "weights", "adapter", "folder"])

@@ -9,31 +9,47 @@ import numpy as np
 
 from text.tokenizer import END_OF_TEXT, TOKEN_TYPE, encode
 
-# The two templates of Stanford Alpaca (Taori et al. 2023), with and without an input.
-WITHOUT_INPUT = (
+# The introduction of Stanford Alpaca's template (Taori et al. 2023), and what a turn adds to it.
+INTRODUCTION = (
     "Below is an instruction that describes a task. Write a response that appropriately completes"
-    " the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+    " the request."
 )
+TURN = "\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+# In front of a conversation that begins with an answer.
+GREETING = "\n\n### Response:\n{greeting}"
 WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further"
     " context. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
-# Further turns of a conversation leave the introduction out.
-LATER_TURN = "\n\n### Instruction:\n{instruction}\n\n### Response:\n"
 
 # No token of the encoding stands for more characters.
 MAX_TOKEN_SIZE = 128
 
-COLUMNS = ("instruction", "input", "output", "prompt", "completion", "messages")
-FORMS = "`instruction` and `output`, `prompt` and `completion`, or `messages`"
+# The names that columns have in public datasets.
+CONVERSATIONS = ("messages", "conversations", "conversation")
+QUESTIONS = ("instruction", "prompt", "question")
+INPUTS = ("input", "context")
+ANSWERS = ("output", "completion", "response", "answer")
+COLUMNS = CONVERSATIONS + QUESTIONS + INPUTS + ANSWERS
+FORMS = "`instruction` and `output`, `prompt` and `completion`, nor `messages`"
+ROLES = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "model"), "assistant"),
+}
 
 
 class Turn(NamedTuple):
-    """What stands in front of an answer, and the answer."""
+    """What stands in front of an answer, and the answer.
+
+    Args:
+        introduction: what a system message said, which the first prompt of the row begins with.
+    """
 
     prompt: str
     answer: str
+    introduction: str = ""
 
 
 class Example(NamedTuple):
@@ -44,19 +60,21 @@ class Example(NamedTuple):
     is_cut: bool = False
 
 
-def format_prompt(instruction: str, input_: str = "") -> str:
+def format_prompt(instruction: str, input_: str = "", introduction: str = "") -> str:
     """Return what stands in front of an answer."""
-    return fill(WITH_INPUT if input_ else WITHOUT_INPUT, instruction, input_)
+    if input_:
+        return fill(WITH_INPUT, instruction=instruction, input=input_)
+
+    return (introduction or INTRODUCTION) + fill(TURN, instruction=instruction)
 
 
-def fill(template: str, instruction: str, input_: str = "") -> str:
+def fill(template: str, **texts: str) -> str:
     """Put texts into a template; braces in them are text like any other."""
-    values = {"{instruction}": instruction, "{input}": input_}
-    return re.sub(r"{instruction}|{input}", lambda match: values[match[0]], template)
+    return re.sub(r"{(\w+)}", lambda match: texts[match[1]], template)
 
 
 def turns_of(row: object) -> list[Turn]:
-    """Read a row of any of the three forms.
+    """Read a row of any form.
 
     Raises:
         ValueError: when it has none of them, or something else where text should be.
@@ -64,44 +82,78 @@ def turns_of(row: object) -> list[Turn]:
     if not isinstance(row, dict):
         raise ValueError("this is no row with names")
 
-    if row.get("messages") is not None:
-        return turns_of_messages(row["messages"])
+    for name in CONVERSATIONS:
+        if row.get(name) is not None:
+            return turns_of_messages(messages_of(row, name))
 
-    if "instruction" in row and "output" in row:
-        prompt = format_prompt(text_of(row, "instruction"), text_of(row, "input"))
-        return [Turn(prompt, text_of(row, "output"))]
+    question, input_, answer = (
+        next((name for name in names if name in row), None)
+        for names in (QUESTIONS, INPUTS, ANSWERS)
+    )
+    if question is None or answer is None:
+        raise ValueError(f"there is neither {FORMS}")
 
-    if "prompt" in row and "completion" in row:
-        return [Turn(format_prompt(text_of(row, "prompt")), text_of(row, "completion"))]
+    # Both may be conversations: trl calls the last message the completion.
+    if isinstance(row[question], list) or isinstance(row[answer], list):
+        return turns_of_messages(
+            [
+                *messages_of(row, question, role="user"),
+                *messages_of(row, answer, role="assistant"),
+            ]
+        )
 
-    raise ValueError(f"there is neither {FORMS}")
+    input_text = text_of(row, input_) if input_ else ""
+    return [Turn(format_prompt(text_of(row, question), input_text), text_of(row, answer))]
 
 
-def turns_of_messages(messages: object) -> list[Turn]:
-    """Turn a conversation into turns; what a system message says takes the introduction's place."""
-    # A table of text alone can hold it as JSON.
-    if isinstance(messages, str):
-        try:
-            messages = json.loads(messages)
-        except (ValueError, RecursionError):
-            raise ValueError("`messages` is no JSON") from None
+def messages_of(row: dict, name: str, role: str = "") -> list:
+    """Return the messages of a column: a list, also as JSON, or the text of one role."""
+    messages = row[name]
+    if isinstance(messages, list):
+        return messages
 
-    turns: list[Turn] = []
-    introduction, question = "", None
-    for message in messages if isinstance(messages, list) else []:
-        if not isinstance(message, dict):
-            raise ValueError("a message has no role")
+    if role:
+        return [{"role": role, "content": messages}]
 
-        role, content = message.get("role"), text_of(message, "content")
-        if role == "system":
-            introduction = content
-        elif role == "user":
-            question = content if question is None else f"{question}\n\n{content}"
-        elif role == "assistant" and question is not None:
-            turns.append(Turn(format_turn(question, introduction, len(turns)), content))
-            question = None
+    # A table of text alone can hold a conversation as JSON.
+    try:
+        messages = json.loads(messages)
+    except (TypeError, ValueError, RecursionError):
+        raise ValueError(f"`{name}` is no JSON") from None
+
+    return messages if isinstance(messages, list) else []
+
+
+def turns_of_messages(messages: list) -> list[Turn]:
+    """Turn a conversation into turns.
+
+    What system messages say takes the introduction's place, and later on is part of the next
+    question. Messages in a row of one role are joined. An answer in front of all questions is
+    context.
+    """
+    introduction, greeting = None, None
+    pairs: list[tuple] = []
+    for message in messages:
+        role, content = read_message(message)
+        question, answer = pairs[-1] if pairs else (None, None)
+        if role == "system" and len(pairs) <= 1 and answer is None:
+            introduction = join(introduction, content)
+        elif role == "assistant" and question is None:
+            greeting = join(greeting, content)
+        elif role == "assistant":
+            pairs[-1] = question, join(answer, content)
+        elif question is None or answer is not None:
+            pairs.append((content, None))
         else:
-            raise ValueError(f"a message has the role {role}")
+            pairs[-1] = join(question, content), None
+
+    introduction, turns = introduction or "", []
+    opening = introduction or INTRODUCTION
+    opening += fill(GREETING, greeting=greeting) if greeting else ""
+    for question, answer in pairs:
+        if answer is not None:
+            turns.append(Turn(opening + fill(TURN, instruction=question), answer, introduction))
+            opening = ""
 
     if not turns:
         raise ValueError("no message answers another")
@@ -109,25 +161,38 @@ def turns_of_messages(messages: object) -> list[Turn]:
     return turns
 
 
-def format_turn(instruction: str, introduction: str, number: int) -> str:
-    if number:
-        return fill(LATER_TURN, instruction)
+def read_message(message: object) -> tuple[str, str]:
+    """Return the role and the text of a message, as OpenAI or ShareGPT names them."""
+    if not isinstance(message, dict):
+        raise ValueError("a message has no role")
 
-    if introduction:
-        return introduction + fill(LATER_TURN, instruction)
+    is_open_ai = message.get("role") is not None
+    role, content = ("role", "content") if is_open_ai else ("from", "value")
+    name = message.get(role)
+    if not isinstance(name, str) or name.lower() not in ROLES:
+        raise ValueError(f"a message has the role {name}")
 
-    return format_prompt(instruction)
+    return ROLES[name.lower()], text_of(message, content)
+
+
+def join(text: str | None, more: str) -> str:
+    return f"{text}\n\n{more}" if text and more else text or more
 
 
 def text_of(row: dict, name: str) -> str:
+    """Return the text of a column; it may be in parts, as OpenAI has it."""
     text = row.get(name)
     if text is None:
         return ""
 
-    if not isinstance(text, str):
+    parts = text if isinstance(text, list) else [{"type": "text", "text": text}]
+    if not all(
+        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+        for part in parts
+    ):
         raise ValueError(f"`{name}` is no text")
 
-    return text
+    return "".join(part["text"] for part in parts)
 
 
 def encode_turns(turns: Sequence[Turn], block_size: int, mask_input: bool) -> Example:
@@ -140,7 +205,7 @@ def encode_turns(turns: Sequence[Turn], block_size: int, mask_input: bool) -> Ex
     # An example of T + 1 tokens has T inputs, and T targets one place further.
     size = block_size + 1
     pieces, are_targets = [], []
-    for prompt, answer in turns:
+    for prompt, answer, _ in turns:
         for text, is_answer in ((prompt, False), (answer, True)):
             # No more than can have a place.
             tokens = encode(text[: size * MAX_TOKEN_SIZE])

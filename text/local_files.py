@@ -5,6 +5,7 @@ import codecs
 import contextlib
 import gzip
 import io
+import json
 import lzma
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from text.errors import reported_errors
 from text.tokenizer import without_surrogates
 
 SUFFIXES = {".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".parquet": "parquet"}
+TEXT_SUFFIXES = (".json", ".txt", ".text", ".md", ".rst", ".tex", ".html", ".xml", ".log", ".py")
 COMPRESSIONS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
@@ -29,6 +31,7 @@ class LocalFile:
         kind: text, json (a row a line), csv or parquet.
         is_cut: whether plain text is many documents, and not one.
         origin: what messages call it; by default its path.
+        encoding: of plain text, JSON and CSV; by default UTF-8, or UTF-16 where it is marked.
     """
 
     path: Path
@@ -37,12 +40,14 @@ class LocalFile:
     kind: str
     is_cut: bool = False
     origin: str = ""
+    encoding: str = ""
 
     @property
     def is_divisible(self) -> bool:
         """Whether several processes can divide the file: each skips the others' chunks."""
-        # Packed parquet has to be unpacked whole before anything is read.
-        return self.kind != "parquet" or not is_packed(self.path.name)
+        # Packed parquet and lists in JSON are unpacked whole before anything is read.
+        is_whole = self.kind == "parquet" and is_packed(self.path.name)
+        return not is_whole and not is_json(self.path.name)
 
     @contextlib.contextmanager
     def on_disk(self, _: Path) -> Iterator["LocalFile"]:
@@ -72,15 +77,46 @@ def kind_of(path: Path) -> str | None:
         return kind
 
     with reported_errors(without_surrogates(str(path))), open(path, "rb") as raw:
-        head = decompress(raw, path.name).read(8192)
+        head = decompress(raw, path.name).read(1 << 16 if is_json(path.name) else 8192)
+
+    if is_json(path.name) and holds_rows(head):
+        return "json"
 
     # As git does it: text holds no zero byte, unless it is UTF-16 and says so.
     return "text" if b"\0" not in head or head.startswith(UTF16_MARKS) else None
 
 
+def holds_rows(head: bytes) -> bool:
+    """Tell by its beginning whether JSON is a list of objects, or an object a line."""
+    encoding = "utf-16" if head.startswith(UTF16_MARKS) else "utf-8-sig"
+    text = head.decode(encoding, errors="replace").lstrip()
+    if text.startswith("["):
+        return text[1:].lstrip().startswith("{")
+
+    line, is_line, _ = text.partition("\n")
+    with contextlib.suppress(ValueError, RecursionError):
+        return text.startswith("{") and (not is_line or isinstance(json.loads(line), dict))
+
+    return False
+
+
 def kind_of_name(name: str) -> str | None:
+    return SUFFIXES.get(suffix_of(name))
+
+
+def is_json(name: str) -> bool:
+    """Tell whether the name is that of JSON, in which only some files hold rows."""
+    return suffix_of(name) == ".json"
+
+
+def is_file_name(name: str) -> bool:
+    """Tell whether a name ends as only those of files do; a dataset may be called v1.5."""
+    return is_packed(name) or suffix_of(name) in (*SUFFIXES, *TEXT_SUFFIXES)
+
+
+def suffix_of(name: str) -> str:
     path = Path(name.lower())
-    return SUFFIXES.get(Path(path.stem).suffix if is_packed(name) else path.suffix)
+    return Path(path.stem).suffix if is_packed(name) else path.suffix
 
 
 def is_packed(name: str) -> bool:

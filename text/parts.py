@@ -17,13 +17,14 @@ from pathlib import Path
 import numpy as np
 
 from system.files import write_whole
+from text.damage import Damage
 from text.errors import DataError
 from text.readers import Reader
+from text.splits import TEST_SHARES, place_hash
 from text.token_files import FORMAT_VERSION, SPLITS
 from text.tokenizer import END_OF_TEXT, TOKEN_TYPE, encode_documents
 
-# The share of the documents to test on: the first that gives 64 windows of GPT-2's context.
-TEST_SHARES = (0.005, 0.01, 0.02, 0.05, 0.1)
+# So many windows of GPT-2's context, 64, are enough to test on.
 MIN_TEST_TOKENS = 65_536
 
 
@@ -38,6 +39,7 @@ class PartWriter:
         self.folder = folder
         self.key = key
         self.records: list[dict] = []
+        self.damage = Damage()
         self.clear()
 
     def clear(self) -> None:
@@ -75,18 +77,12 @@ class PartWriter:
             {
                 "name": name,
                 "crc32": zlib.crc32(content),
+                "first": len(documents[order[0]]),
                 "documents": np.bincount(self.places, minlength=num_places).tolist(),
                 "tokens": num_tokens.astype(int).tolist(),
             }
         )
         self.clear()
-
-
-def place_hash(name: str, row: int) -> float:
-    """Map the place of a document to [0, 1): its split depends on nothing else."""
-    place = f"{name} {row}".encode(errors="surrogateescape")
-    digest = hashlib.blake2b(place, digest_size=8).digest()
-    return int.from_bytes(digest, "little") / 2**64
 
 
 class Journal:
@@ -244,15 +240,34 @@ class JoinedFiles:
         if self.num_test_classes is None:
             return 0
 
-        return sum(part["tokens"][self.classes[split]]) * TOKEN_TYPE.itemsize
+        num_tokens = sum(part["tokens"][self.classes[split]])
+        if self.is_first_tested:
+            first = part["first"] if part is self.journal.parts[0] else 0
+            num_tokens = first if split == "test" else num_tokens - first
+
+        return num_tokens * TOKEN_TYPE.itemsize
+
+    @property
+    def is_first_tested(self) -> bool:
+        """Whether the first document is all there is to test on: no share has given one."""
+        if not self.journal.is_complete:
+            return False
+
+        documents = sum_lists(self.journal.parts, "documents")
+        # Parts of earlier versions do not say how long their first document is.
+        return not documents[:-1].any() and documents[-1] > 1 and "first" in self.journal.parts[0]
 
     @property
     def classes(self) -> dict[str, slice]:
         return {"train": slice(self.num_test_classes, None), "test": slice(self.num_test_classes)}
 
     @property
-    def test_share(self) -> float:
-        return TEST_SHARES[self.num_test_classes - 1]
+    def rule(self) -> str:
+        """Say which documents are tested on."""
+        if self.is_first_tested:
+            return "test: the first document"
+
+        return f"test: blake2b('file row') below {TEST_SHARES[self.num_test_classes - 1]}"
 
     def choose_share(self) -> None:
         """Choose the first share of the documents that is enough to test on, else the largest.
@@ -316,12 +331,18 @@ class JoinedFiles:
         self.add_new_parts()
         self.force()
         sums = {key: sum_lists(self.journal.parts, key) for key in ("documents", "tokens")}
-        return {
-            split: {
-                **{key: int(values[classes].sum()) for key, values in sums.items()},
-                "sha256": self.digests[split].hexdigest(),
-            }
+        counts = {
+            split: {key: int(values[classes].sum()) for key, values in sums.items()}
             for split, classes in self.classes.items()
+        }
+        if self.is_first_tested:
+            first = {"documents": 1, "tokens": self.journal.parts[0]["first"]}
+            for key, number in first.items():
+                counts["train"][key] -= number
+                counts["test"][key] += number
+
+        return {
+            split: {**counts[split], "sha256": self.digests[split].hexdigest()} for split in SPLITS
         }
 
 

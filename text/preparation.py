@@ -15,8 +15,8 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tqdm import tqdm
@@ -24,9 +24,11 @@ from tqdm import tqdm
 from system.files import write_whole
 from system.limits import num_cores
 from system.locks import Lock
+from text.damage import Damage
 from text.errors import DataError, is_full_disk
 from text.local_files import Listing
 from text.parts import JoinedFiles, Journal, PartWriter
+from text.prepared import check_kept, is_prepared, prepared_name
 from text.readers import Reader
 from text.sources import Source
 from text.token_files import (
@@ -46,35 +48,50 @@ from text.workers import in_order
 UNIT_SIZE = 1 << 21
 # Bytes of text that make one more process worth starting.
 MIN_SIZE_PER_PROCESS = 1 << 24
+# Characters and rows after which a source that is damaged as a whole is refused at once.
+MIN_CHECKED = 1 << 24
 # The suffix of folders that hold a file of the Hub while it is read.
 DOWNLOAD = ".download"
 
 
-def load_or_prepare(source: Source, folder: Path, num_processes: int) -> TokenDataset:
+def load_or_prepare(
+    source: Source,
+    folder: Path,
+    num_processes: int,
+    is_split: bool = True,
+    kept: Sequence[str] = (),
+) -> TokenDataset:
     """Map the token files of a source into memory; make them first if there are none.
+
+    Args:
+        is_split: whether both splits need a document.
+        kept: checksums of token files that a resumed run needs: they are not replaced.
 
     Raises:
         DataError: when files do not match what is written about them, or the source is unfit.
         OSError: when the files cannot be read.
     """
-    if not is_prepared(source, folder):
-        prepare(source, folder, num_processes)
+    name = prepared_name(source, folder)
+    if name is None:
+        name = source.name
+        check_kept(source, folder, kept)
+        prepare(source, folder, num_processes, is_split)
 
-    return open_dataset(folder, source.name)
-
-
-def is_prepared(source: Source, folder: Path) -> bool:
-    """Whether there are token files of just this text; the Hub is not asked."""
-    path = folder / f"{source.name}.json"
-    if not path.exists():
-        return False
-
-    sidecar = read_sidecar(path)
-    prepared = sidecar["source"], sidecar["revision"]
-    return source.is_hub or prepared == (source.description, source.revision())
+    check_documents(name, read_sidecar(folder / f"{name}.json"), is_split)
+    return open_dataset(folder, name)
 
 
-def prepare(source: Source, folder: Path, num_processes: int) -> None:
+def check_documents(name: str, counts: dict, is_split: bool) -> None:
+    """Raise DataError when there are too few documents."""
+    numbers = [counts[split]["documents"] for split in SPLITS]
+    if not (all(numbers) if is_split else any(numbers)):
+        raise DataError(
+            f"{name} has {numbers[0]} documents to train on and {numbers[1]} to test on; it takes"
+            " at least one of each, so give more documents."
+        )
+
+
+def prepare(source: Source, folder: Path, num_processes: int, is_split: bool) -> None:
     """Tokenize a source into its token files, unless another process does so meanwhile.
 
     Raises:
@@ -94,7 +111,7 @@ def prepare(source: Source, folder: Path, num_processes: int) -> None:
                 shutil.rmtree(finished_path(parts), ignore_errors=True)
                 parts.mkdir(exist_ok=True)
                 with no_downloads_left(parts):
-                    prepare_parts(source, parts, num_processes)
+                    prepare_parts(source, parts, num_processes, is_split)
 
                 if not lock.is_held():
                     raise DataError(f"{source.name}: another process has taken this over.")
@@ -136,7 +153,7 @@ def tell_change(source: Source, folder: Path) -> None:
         )
 
 
-def prepare_parts(source: Source, parts: Path, num_processes: int) -> None:
+def prepare_parts(source: Source, parts: Path, num_processes: int, is_split: bool) -> None:
     """Make both token files and their sidecar in the folder of parts.
 
     Parts are joined as they come, once the share to test on is known, and deleted.
@@ -163,23 +180,28 @@ def prepare_parts(source: Source, parts: Path, num_processes: int) -> None:
 
         counts = joined.finish()
 
-    for split in SPLITS:
-        if not counts[split]["documents"]:
-            shutil.rmtree(parts)
-            raise DataError(
-                f"{source.name} has {counts['train']['documents']} documents to train on and"
-                f" {counts['test']['documents']} to test on; it takes at least one of each,"
-                " so give more documents."
-            )
+    damage = damage_of(journal.units.values())
+    check_damage(damage, source, parts)
+    try:
+        check_documents(source.name, counts, is_split)
+    except DataError:
+        shutil.rmtree(parts)
+        raise
+
+    for note in damage.notes():
+        print(f"Note:   {source.description}: {note}")
 
     sidecar = {
         "format_version": FORMAT_VERSION,
         "source": source.description,
         "revision": journal.revision,
         "encoding": ENCODING,
-        "split": f"test: blake2b('file row') below {joined.test_share}",
+        "split": joined.rule,
         **counts,
     }
+    if not source.is_hub:
+        sidecar["content"] = source.content()
+
     write_whole(parts / "sidecar.json", json.dumps(sidecar, indent=2).encode())
 
 
@@ -261,7 +283,7 @@ def tokenize(
     # A log, in which every redrawn bar stays, gets one a minute.
     is_terminal = getattr(sys.stderr, "isatty", bool)()
     bar |= {"leave": False} if is_terminal else {"mininterval": 60.0, "maxinterval": 60.0}
-    num_tokens = 0
+    num_tokens, damage = 0, Damage()
     open_reader.cache_clear()
     with contextlib.closing(results), tqdm(total=listing.size, **bar) as progress:
         for unit, result in results:
@@ -270,6 +292,11 @@ def tokenize(
 
             if unit.key not in journal.units:
                 journal.add(result)
+
+            damage.add(damage_of([result]))
+            # Not only at the end of hours.
+            if damage.num_characters + damage.num_rows > MIN_CHECKED:
+                check_damage(damage, source, parts)
 
             num_tokens += sum(sum(part["tokens"]) for part in result["parts"])
             progress.set_postfix_str(f"{num_tokens:,} tokens", refresh=False)
@@ -297,7 +324,26 @@ def tokenize_unit(parts: Path, unit: Unit) -> dict:
         "parts": writer.records,
         "ended": ended,
         "position": unit.before + position,
+        "damage": asdict(writer.damage),
     }
+
+
+def check_damage(damage: Damage, source: Source, parts: Path) -> None:
+    """Raise DataError, and leave no parts, when a source is damaged as a whole."""
+    try:
+        damage.check(source.description)
+    except DataError:
+        shutil.rmtree(parts, ignore_errors=True)
+        raise
+
+
+def damage_of(units: Iterable[dict]) -> Damage:
+    """Add up what could not be read; units of earlier versions do not say."""
+    damage = Damage()
+    for unit in units:
+        damage.add(Damage(**unit.get("damage", {})))
+
+    return damage
 
 
 def tokenize_files(files: tuple, writer: PartWriter, download: Path) -> tuple[bool, int]:
@@ -309,7 +355,7 @@ def tokenize_files(files: tuple, writer: PartWriter, download: Path) -> tuple[bo
     for file in files:
         with file.on_disk(download) as local, Reader(local) as reader:
             while not reader.is_finished:
-                writer.add(file, reader.chunk())
+                writer.add(file, reader.chunk(writer.damage))
 
     return True, sum(file.size for file in files)
 
@@ -326,7 +372,7 @@ def tokenize_chunk(file, chunk: int, writer: PartWriter) -> tuple[bool, int]:
             reader.skip()
 
         if not reader.is_finished:
-            writer.add(file, reader.chunk())
+            writer.add(file, reader.chunk(writer.damage))
     except BaseException:
         open_reader.cache_clear()
         raise

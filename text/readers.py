@@ -4,6 +4,7 @@ A row is a dict of its columns, the error that makes it unreadable, or None for 
 to pre-train on comes as rows with a column `text`; instructions come as rows, too.
 """
 
+import contextlib
 import csv
 import functools
 import io
@@ -14,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import BinaryIO, NamedTuple
 
+from text.damage import Damage
 from text.errors import DataError, reported_errors
 from text.local_files import UTF16_MARKS, LocalFile, decompress, is_packed
 
@@ -22,9 +24,18 @@ MAX_LAZY_GROUP = 1 << 25
 
 # A file of plain text that is longer, in characters, is cut into several documents.
 MAX_DOCUMENT = 1 << 22
+# And so many characters each of these has, or more.
+MIN_PIECE = 8192
+
+# Stands behind the last line of CSV: a quote that is still open takes it in.
+END_OF_CSV = "\x1e"
 
 # The place of a row within its file, and the row.
 Row = tuple[str, dict | ValueError | None]
+
+
+class NoTextError(DataError):
+    """A table without a column `text`."""
 
 
 class Block(NamedTuple):
@@ -49,8 +60,7 @@ class Reader:
     Args:
         columns: the names of the columns to read; some may be missing.
         is_text: whether rows are documents. If so, a file without a column `text` is refused, and
-            malformed CSV is read as well as possible. If not, a malformed row of CSV is an error,
-            and JSON may be a list of rows.
+            malformed CSV is read as well as possible. If not, a malformed row of CSV is an error.
 
     Raises:
         DataError: when the file is damaged, or not what its name says.
@@ -83,17 +93,23 @@ class Reader:
         """About how many bytes of the file have been read."""
         return self.file.size if self.is_finished else min(self.raw.tell(), self.file.size)
 
-    def chunk(self) -> Iterator[tuple[int, str | None]]:
-        """Yield the texts of the next rows, each with its number; none behind the last."""
-        number = self.row
-        for place, row in self.rows():
+    def chunk(self, damage: Damage) -> Iterator[tuple[int, str | None]]:
+        """Yield the texts of the next rows, each with its number; none behind the last.
+
+        Args:
+            damage: counts the rows, and those that are malformed, whose text is None.
+        """
+        # The encoding of parquet is fixed, and nobody chooses that of the Hub.
+        is_decoded = self.file.kind != "parquet" and not self.file.origin
+        for number, (place, row) in enumerate(self.rows(), start=self.row):
+            text = None
             try:
-                text = document_of(row)
+                if text := document_of(row):
+                    damage.add_row(text, self.file.description if is_decoded else "")
             except ValueError as error:
-                raise DataError(f"{self.file.description}, {place}: {error}.") from error
+                damage.add_malformed(f"{self.file.description}, {place}", error)
 
             yield number, text
-            number += 1
 
     def rows(self) -> Iterator[Row]:
         """Yield the rows of the next chunk; none behind the last."""
@@ -141,22 +157,28 @@ def document_of(row: dict | ValueError | None) -> str | None:
 
 
 def read_text(content: BinaryIO, file: LocalFile, *_) -> Generator[Block, None, None]:
-    """Read plain text, UTF-8 (bytes that are not become �) or UTF-16 where it is marked.
-
-    Line ends of any system become those of this one, line feeds.
-    """
-    if not hasattr(content, "peek"):
-        content = io.BufferedReader(content)  # type: ignore[type-var]
-
-    is_utf16 = content.peek(2).startswith(UTF16_MARKS)
-    text = io.TextIOWrapper(content, "utf-16" if is_utf16 else "utf-8-sig", errors="replace")
-    try:
+    """Read plain text. Line ends of any system become those of this one, line feeds."""
+    with as_text(content, file, newline=None) as text:
         head = text.read(MAX_DOCUMENT + 1)
         is_one = not file.is_cut and len(head) <= MAX_DOCUMENT
         blocks = itertools.chain([head], iter(lambda: text.read(MAX_DOCUMENT), ""))
         for number, document in enumerate([head] if is_one else cut(blocks)):
             yield block_of_one(f"document {number}", {"text": document}, len(document))
+
+
+@contextlib.contextmanager
+def as_text(content: BinaryIO, file: LocalFile, newline: str | None) -> Iterator[io.TextIOWrapper]:
+    """Decode a file: as UTF-16 where it is marked, else as it says; bytes that are not become �."""
+    if not hasattr(content, "peek"):
+        content = io.BufferedReader(content)  # type: ignore[type-var]
+
+    is_utf16 = content.peek(2).startswith(UTF16_MARKS)
+    encoding = "utf-16" if is_utf16 else file.encoding or "utf-8-sig"
+    text = io.TextIOWrapper(content, encoding, errors="replace", newline=newline)
+    try:
+        yield text
     finally:
+        # The file is closed by who opened it.
         text.detach()
 
 
@@ -164,7 +186,7 @@ def block_of_one(place: str, row: dict | ValueError | None, size: int) -> Block:
     return Block(1, size, lambda: [(place, row)])
 
 
-def cut(blocks: Iterator[str], size: int = 8192) -> Iterator[str]:
+def cut(blocks: Iterator[str], size: int = MIN_PIECE) -> Iterator[str]:
     """Cut a long text into documents of size characters or more, at blank lines if it has any.
 
     A lone file has to give both text to train on and text to test on.
@@ -189,18 +211,27 @@ def cut(blocks: Iterator[str], size: int = 8192) -> Iterator[str]:
 def read_json(
     content: BinaryIO, file: LocalFile, columns: Sequence[str], is_text: bool
 ) -> Generator[Block, None, None]:
-    """Read an object a line, or, where rows are no documents, a list of objects."""
-    head = [] if is_text else lines_to_first_row(content)
-    if head and decoded(head[-1]).lstrip().startswith("["):
-        rows = parse_json(decoded(b"".join([*head, content.read()])))
-        yield Block(len(rows), 0, lambda: [(f"row {n}", row) for n, row in enumerate(rows)])
-        return
+    """Read an object a line, or a list of objects."""
+    if not hasattr(content, "peek"):
+        content = io.BufferedReader(content)  # type: ignore[type-var]
 
-    for number, line in enumerate(itertools.chain(head, content), start=1):
-        yield Block(1, len(line), functools.partial(json_rows, number, line))
+    with contextlib.ExitStack() as stack:
+        lines: Iterator[bytes] = iter(content)
+        if file.encoding or content.peek(2).startswith(UTF16_MARKS):
+            text = stack.enter_context(as_text(content, file, newline="\n"))
+            lines = (line.encode() for line in text)
+
+        head = lines_to_first_row(lines)
+        if head and decoded(head[-1]).lstrip().startswith("["):
+            rows = parse_json(decoded(b"".join([*head, *lines])))
+            yield Block(len(rows), 0, lambda: [(f"row {n}", row) for n, row in enumerate(rows)])
+            return
+
+        for number, line in enumerate(itertools.chain(head, lines), start=1):
+            yield Block(1, len(line), functools.partial(json_rows, number, line))
 
 
-def lines_to_first_row(content: BinaryIO) -> list[bytes]:
+def lines_to_first_row(content: Iterator[bytes]) -> list[bytes]:
     """Return the lines up to the first that is not blank."""
     lines = []
     for line in content:
@@ -234,26 +265,34 @@ def read_csv(
     content: BinaryIO, file: LocalFile, columns: Sequence[str], is_text: bool
 ) -> Generator[Block, None, None]:
     csv.field_size_limit(1 << 30)
-    lines = io.TextIOWrapper(content, "utf-8-sig", errors="replace", newline="")
-    try:
-        values = csv.reader(lines, strict=not is_text)
-        names = next(values, [])
-        check_columns(file, names, is_text)
+    with as_text(content, file, newline="") as lines:
+        values = csv.reader(itertools.chain(lines, [END_OF_CSV]), strict=not is_text)
+        names = next(values)
+        check_columns(file, names if names != [END_OF_CSV] else [], is_text)
         places = {name: names.index(name) for name in columns if name in names}
         while True:
+            first_line, is_open = values.line_num + 1, False
+            found: list[str] = []
             try:
-                found = next(values)
-            except StopIteration:
-                return
+                found = next(values, [END_OF_CSV])
+                is_open = bool(found) and found != [END_OF_CSV] and END_OF_CSV in found[-1]
             except csv.Error as error:
-                yield block_of_one(f"line {values.line_num}", ValueError(str(error)), 0)
-                continue
+                is_open = str(error) == "unexpected end of data"
+                if not is_open:
+                    yield block_of_one(f"line {values.line_num}", ValueError(str(error)), 0)
+                    continue
+
+            if is_open:
+                raise DataError(
+                    f"{file.description}, line {first_line}: a quote is opened and never closed."
+                )
+
+            if found == [END_OF_CSV]:
+                return
 
             row = csv_row(found, places, len(names) if not is_text else None)
             size = sum(map(len, filter(None, row.values()))) if isinstance(row, dict) else 0
             yield block_of_one(f"line {values.line_num}", row, size)
-    finally:
-        lines.detach()
 
 
 def csv_row(
@@ -266,7 +305,13 @@ def csv_row(
     if num_values not in (None, len(values)):
         return ValueError("it has not as many values as there are columns")
 
-    return {name: values[i] if i < len(values) else None for name, i in places.items()}
+    return {
+        name: with_line_feeds(values[i]) if i < len(values) else None for name, i in places.items()
+    }
+
+
+def with_line_feeds(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_parquet(
@@ -341,15 +386,36 @@ def holds_text(kind) -> bool:
     if types.is_dictionary(kind):
         kind = kind.value_type
 
-    return types.is_string(kind) or types.is_large_string(kind) or str(kind) == "string_view"
+    # A column of nothing but nulls has no type.
+    return (
+        types.is_string(kind)
+        or types.is_large_string(kind)
+        or types.is_null(kind)
+        or str(kind) == "string_view"
+    )
 
 
 def check_columns(file: LocalFile, names: list[str], is_text: bool) -> None:
-    """Raise DataError when a file of documents has no column `text`."""
+    """Raise NoTextError when a file of documents has no column `text`."""
     if is_text and "text" not in names:
-        raise DataError(
+        raise NoTextError(
             f"{file.description} has no column `text`, it has {', '.join(names[:8]) or 'none'}."
         )
+
+
+def check_table(file: LocalFile, num_rows: int = 20) -> None:
+    """Raise NoTextError when a table has no column `text`, or none of its first rows in JSON."""
+    with Reader(file) as reader, reported_errors(file.description):
+        blocks = itertools.islice(reader.blocks, num_rows)
+        if file.kind != "json":
+            next(blocks, None)
+            return
+
+        rows = (row for block in blocks for _, row in block.rows() if row is not None)
+        found = list(itertools.islice(rows, num_rows))
+
+    if found and not any(isinstance(row, dict) and "text" in row for row in found):
+        raise NoTextError(f"{file.description} has no rows with a `text`.")
 
 
 READERS: dict[str, Callable[..., Generator[Block, None, None]]] = {

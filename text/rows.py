@@ -4,10 +4,10 @@ A source yields rows with their places. A row that cannot be read is the error t
 """
 
 import ast
+import collections
 import functools
 import hashlib
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from pathlib import Path
 from text.errors import DataError, one_line, reported_errors
 from text.hub import HubDataset
 from text.instructions import COLUMNS, Example, Turn, encode_turns, turns_of
-from text.local_files import LocalFile, kind_of_name
+from text.local_files import LocalFile, is_file_name, is_json, kind_of_name
 from text.readers import Reader, Row
 from text.sources import StandardLibrary
 from text.tokenizer import encode, without_surrogates
@@ -118,7 +118,7 @@ def parse_row_source(value: str) -> RowSource:
     if is_there:
         raise ValueError(f"{value} is no .json, .jsonl, .csv or .parquet file")
 
-    if kind_of_rows(path.name):
+    if is_file_name(path.name):
         raise ValueError(f"there is no file {value}")
 
     if dataset := HubDataset.parse(value):
@@ -130,12 +130,7 @@ def parse_row_source(value: str) -> RowSource:
 
 
 def kind_of_rows(name: str) -> str | None:
-    kind = kind_of_name(name)
-    return (
-        "json"
-        if kind is None and re.search(r"\.json(\.gz|\.bz2|\.xz|\.zst)?$", name.lower())
-        else kind
-    )
+    return "json" if is_json(name) else kind_of_name(name)
 
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -186,11 +181,13 @@ class Examples:
 
     Args:
         notes: what became of the rows that are not among them, a line each.
+        introduction: what most rows begin with; empty for the one of the template.
     """
 
     train: list[Example]
     test: list[Example]
     notes: list[str]
+    introduction: str = ""
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -214,6 +211,7 @@ def load_examples(source: RowSource, block_size: int, mask_input: bool) -> Examp
     """
     kept: list[tuple[float, Example]] = []
     malformed, empty, cut, unanswered = [], [], [], []
+    introductions: collections.Counter[str] = collections.Counter()
     for place, row in source.rows():
         try:
             if isinstance(row, ValueError):
@@ -237,6 +235,7 @@ def load_examples(source: RowSource, block_size: int, mask_input: bool) -> Examp
             cut.append(place)
 
         kept.append((share_of(place), example))
+        introductions[turns[0].introduction] += 1
 
     notes = [
         *note(malformed, "are malformed and left out"),
@@ -258,6 +257,7 @@ def load_examples(source: RowSource, block_size: int, mask_input: bool) -> Examp
         [example for share, example in kept if share >= limit],
         [example for share, example in kept if share < limit],
         notes,
+        without_surrogates(introductions.most_common(1)[0][0]),
     )
 
 

@@ -7,6 +7,7 @@ behind every document. NAME.json describes both and is written last; without it 
 import contextlib
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,11 @@ from text.tokenizer import ENCODING, TOKEN_TYPE, VOCABULARY_SIZE
 
 FORMAT_VERSION = 2
 SPLITS = ("train", "test")
+# The names of what lies in a folder of token files, also while they are made.
+NAMES = (
+    r"(stdlib|openwebtext|.+--.+|.+-[0-9a-f]{8})"
+    r"(-(train|test)\.bin|\.(json|verified|lock|parts|finished))(\..+)?"
+)
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,11 @@ def open_dataset(folder: Path, name: str) -> TokenDataset:
     sidecar = read_sidecar(folder / f"{name}.json")
     verify(folder, name, sidecar)
     train, test = (
-        np.memmap(token_path(folder, name, split), dtype=TOKEN_TYPE, mode="r") for split in SPLITS
+        # An empty file cannot be mapped.
+        np.memmap(token_path(folder, name, split), dtype=TOKEN_TYPE, mode="r")
+        if sidecar[split]["tokens"]
+        else np.empty(0, dtype=TOKEN_TYPE)
+        for split in SPLITS
     )
     return TokenDataset(name, train, test, sidecar["train"]["sha256"])
 
@@ -68,6 +78,23 @@ def read_sidecar(path: Path) -> dict:
         raise DataError(f"{path} was tokenized by {encoding}, {ENCODING} is needed; {remedy}.")
 
     return sidecar
+
+
+def find_name(folder: Path, name: str, description: str) -> str:
+    """Return the name that the token files of a text have: its own, or that of an earlier place."""
+    if not (folder / f"{name}.json").exists():
+        for other, sidecar in sidecars(folder):
+            if sidecar["source"] == description:
+                return other
+
+    return name
+
+
+def sidecars(folder: Path) -> Iterator[tuple[str, dict]]:
+    """Yield all sidecars of a folder by their names, and pass over what is none."""
+    for path in sorted(folder.glob("*.json")):
+        with contextlib.suppress(DataError, OSError):
+            yield path.stem, read_sidecar(path)
 
 
 def verify(folder: Path, name: str, sidecar: dict) -> None:

@@ -4,9 +4,11 @@ Nothing here imports torch: a wrong flag is reported at once.
 """
 
 import argparse
+import codecs
 import difflib
 import io
 import math
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable
@@ -105,8 +107,18 @@ def add_batches(add: Callable) -> None:
 
 
 def add_outputs(add: Callable, checkpoint_path: str, metrics_path: str) -> None:
-    add("--checkpoint_path", default=checkpoint_path, help="Where the checkpoint is saved.")
-    add("--metrics_path", default=metrics_path, help="Table of metrics, one row an epoch.")
+    add(
+        "--checkpoint_path",
+        type=path_str,
+        default=checkpoint_path,
+        help="Where the checkpoint is saved.",
+    )
+    add(
+        "--metrics_path",
+        type=path_str,
+        default=metrics_path,
+        help="Table of metrics, one row an epoch.",
+    )
 
 
 def add_intervals(add: Callable, evaluation: int, checkpoint: int) -> None:
@@ -184,6 +196,30 @@ def parse_bool(value: str) -> bool:
         return False
 
     raise argparse.ArgumentTypeError(f"must be True or False, {value} given")
+
+
+def path_str(value: str) -> str:
+    """Put the user's home in the place of ~, which no shell does behind an equals sign."""
+    path = os.path.expanduser(value)
+    if path.startswith("~"):
+        name = path.split("/")[0]
+        raise argparse.ArgumentTypeError(f"{name} is no home of a user; ./{name} is a folder")
+
+    return path
+
+
+def encoding_str(value: str) -> str:
+    """Read the name of an encoding of text that Python has."""
+    try:
+        "".encode(value)
+        name = codecs.lookup(value).name
+    except LookupError:
+        raise argparse.ArgumentTypeError(
+            f"{value} is no encoding of text; some are cp1252, gb18030, shift_jis, koi8-r"
+        ) from None
+
+    # A mark at the beginning is no text.
+    return "utf-8-sig" if name == "utf-8" else name
 
 
 def positive_int(value: str) -> int:

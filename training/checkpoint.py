@@ -316,25 +316,33 @@ def fingerprint(weights: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def merge_adapter(model: GPT, path: Path, is_needed: bool) -> bool:
-    """Merge the adapter at path into its base; return whether that was done.
+def merge_adapter(model: GPT, path: Path, is_needed: bool) -> str | None:
+    """Merge the adapter at path into its base.
 
     Args:
         is_needed: whether a flag named it; otherwise it may be missing, or of another base.
+
+    Returns:
+        What its prompts begin with, empty for the template's own; None when it was left out.
 
     Raises:
         CheckpointError: when it cannot be read, or does not fit.
     """
     if not (is_needed or path.exists()):
-        return False
+        return None
 
     state = load_checkpoint(path, LORA_KEYS)
     if not is_needed and state["base"] != fingerprint(model.state_dict()):
         print(f"Note: {path} was trained on another base model; it is ignored.", file=sys.stderr)
-        return False
+        return None
 
     merge_lora_checkpoint(model, state, path)
-    return True
+    # Earlier versions had none.
+    introduction = state.get("introduction", "")
+    if not isinstance(introduction, str):
+        raise CheckpointError(f"{path}: its introduction is no text.")
+
+    return introduction
 
 
 def merge_lora_checkpoint(model: GPT, state: dict, path: Path) -> None:

@@ -18,6 +18,11 @@ def windows_of(dataset: TokenDataset, block_size: int, is_all: bool) -> list[Eva
     """
     splits = [dataset.test, dataset.train] if is_all else [dataset.test]
     long = [split for split in splits if len(split) > block_size]
+    if is_all and not long:
+        # All of a short text is one short window.
+        long = [max(splits, key=len)]
+        block_size = max(1, len(long[0]) - 1)
+
     try:
         return [EvaluationWindows(split, block_size, None) for split in long or splits]
     except DataError as error:

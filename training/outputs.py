@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +35,18 @@ def metrics_files(metrics_path: str) -> list[Path]:
     table = Path(metrics_path).resolve()
     picture = picture_path(Path(metrics_path)).resolve()
     return [table, picture, *map(temporary_path, (table, picture)), lock_path(table)]
+
+
+def names_by_folder(settings: Settings) -> tuple[tuple[Path, str], ...]:
+    """Return the folders that a run writes to, and a regular expression of its names in each."""
+    checkpoint, table = Path(settings.checkpoint_path), Path(settings.metrics_path)
+    names = [(path, name_pattern(path)) for path in (checkpoint, table, picture_path(table))]
+    return tuple((path.resolve().parent, pattern) for path, pattern in names)
+
+
+def name_pattern(path: Path) -> str:
+    """Match the name of a file, of earlier ones of it, and of what is temporary."""
+    return rf"{re.escape(path.stem)}(\..+)?{re.escape(path.suffix)}(\..+)?"
 
 
 def check_outputs(settings: Settings) -> None:

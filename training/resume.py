@@ -10,6 +10,7 @@ from system.distributed import World
 from text.tokenizer import ENCODING
 from training.arguments import Settings
 from training.checkpoint import CheckpointError, load_checkpoint
+from training.metrics import SOURCE_LOSS
 from training.trainer import Trainer
 
 # The keys in the checkpoint of every run; each script adds its own.
@@ -129,11 +130,26 @@ def restore(trainer: Trainer, data: TrainingData, checkpoint: dict) -> None:
     if not checkpoint:
         return
 
-    if data.fingerprint != checkpoint["dataset"]:
+    saved, found = checkpoint["dataset"], data.fingerprint
+    if list(map(nameless, saved)) != list(map(nameless, found)):
         raise CheckpointError(
             f"The data changed since the checkpoint was saved: {checkpoint['dataset']} then,"
             f" {data.fingerprint} now. Restore the files, or leave out --resume to begin a new run."
         )
 
+    # Sources that were moved have other names.
+    names = {
+        f"{SOURCE_LOSS}{old[0]}": f"{SOURCE_LOSS}{new[0]}"
+        for old, new in zip(saved, found, strict=True)
+        if isinstance(old, list)
+    }
+    checkpoint["metrics"] = [
+        {names.get(key, key): value for key, value in row.items()} for row in checkpoint["metrics"]
+    ]
     trainer.load_state_dict(checkpoint)
     checkpoint.clear()
+
+
+def nameless(entry: list | str) -> list | str:
+    """Return what a fingerprint says of a source without its name."""
+    return entry[1:] if isinstance(entry, list) else entry

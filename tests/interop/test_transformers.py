@@ -225,29 +225,29 @@ def test_texts_are_padded_without_a_token_more(tokenizer):
 TEXT = st.text(st.sampled_from('a {}\n"\\%#'), max_size=6)
 
 
-SYSTEM = st.fixed_dictionaries({"role": st.just("system"), "content": TEXT})
+PARTS = st.lists(st.fixed_dictionaries({"type": st.just("text"), "text": TEXT}), max_size=2)
 
 
-USER = st.fixed_dictionaries({"role": st.just("user"), "content": TEXT | st.none()})
+ROLE = st.sampled_from(["system", "developer", "user", "User", "assistant", "ASSISTANT"])
 
 
-ANSWER = st.fixed_dictionaries({"role": st.just("assistant"), "content": TEXT})
+MESSAGE = st.fixed_dictionaries({"role": ROLE, "content": TEXT | st.none() | PARTS})
 
 
-TURN = st.tuples(st.lists(SYSTEM, max_size=1), st.lists(USER, min_size=1, max_size=2), ANSWER)
+LAST = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(TURN, min_size=1, max_size=3))
-def test_the_chat_template_is_ours(tokenizer, turns):
-    messages = [m for system, users, answer in turns for m in (*system, *users, answer)]
-    expected = "".join(
-        f"{prompt}{answer}<|endoftext|>" for prompt, answer in turns_of({"messages": messages})
-    )
+@given(st.lists(MESSAGE, max_size=8))
+def test_the_chat_template_is_ours(tokenizer, messages):
+    """Any order of roles, written in any way, with content as text or in parts."""
+    messages = [*messages, *LAST]
+    turns = turns_of({"messages": messages})
+    expected = "".join(f"{turn.prompt}{turn.answer}<|endoftext|>" for turn in turns)
 
     assert tokenizer.apply_chat_template(messages, tokenize=False) == expected
 
-    last = turns_of({"messages": messages})[-1]
+    last = turns[-1]
     question = tokenizer.apply_chat_template(
         messages[:-1], tokenize=False, add_generation_prompt=True
     )
@@ -263,6 +263,11 @@ def test_a_question_is_put_as_generate_does(tokenizer):
 
     with pytest.raises(Exception, match="a message has the role tool"):
         tokenizer.apply_chat_template([{"role": "tool", "content": ""}], tokenize=False)
+
+    with pytest.raises(Exception, match="a part of a message has the type image"):
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": [{"type": "image"}]}], tokenize=False
+        )
 
 
 @pytest.mark.parametrize(

@@ -95,9 +95,44 @@ def test_templates_are_those_of_alpaca():
             format_prompt("I"),
             "O",
         ),
+        # Databricks' Dolly, then ShareGPT, TRL and OpenAI's parts.
+        ({"instruction": "I", "context": "", "response": "O"}, format_prompt("I"), "O"),
+        ({"instruction": "I", "context": "X", "response": "O"}, format_prompt("I", "X"), "O"),
+        ({"question": "I", "answer": "O"}, format_prompt("I"), "O"),
+        (
+            {"conversations": [{"from": "human", "value": "I"}, {"from": "gpt", "value": "O"}]},
+            format_prompt("I"),
+            "O",
+        ),
+        (
+            {
+                "prompt": [{"role": "user", "content": "I"}],
+                "completion": [{"role": "assistant", "content": "O"}],
+            },
+            format_prompt("I"),
+            "O",
+        ),
+        (
+            {"prompt": "I", "completion": [{"role": "assistant", "content": "O"}]},
+            format_prompt("I"),
+            "O",
+        ),
+        (
+            {
+                "messages": [
+                    {
+                        "role": "User",
+                        "content": [{"type": "text", "text": "I"}, {"type": "text", "text": "!"}],
+                    },
+                    {"role": "ASSISTANT", "content": "O"},
+                ]
+            },
+            format_prompt("I!"),
+            "O",
+        ),
     ],
 )
-def test_three_forms_of_rows(row, prompt, answer):
+def test_forms_of_rows(row, prompt, answer):
     assert turns_of(row) == [Turn(prompt, answer)]
 
 
@@ -111,12 +146,24 @@ def test_messages_become_turns():
         {"role": "user", "content": "nobody answers"},
     ]
     expected = [
-        Turn("Be kind.\n\n### Instruction:\nA\n\n### Response:\n", "B"),
-        Turn("\n\n### Instruction:\nC\n\n### Response:\n", "D"),
+        Turn("Be kind.\n\n### Instruction:\nA\n\n### Response:\n", "B", "Be kind."),
+        Turn("\n\n### Instruction:\nC\n\n### Response:\n", "D", "Be kind."),
     ]
 
     assert turns_of({"messages": messages}) == expected
     assert turns_of({"messages": json.dumps(messages)}) == expected
+
+
+def test_any_order_of_messages():
+    """Two in a row are joined, a first answer is context, a late system message is text."""
+    roles = ("assistant", "system", "developer", "user", "user", "assistant", "assistant", "system")
+    messages = [{"role": role, "content": str(n)} for n, role in enumerate((*roles, "assistant"))]
+    opening = "1\n\n2\n\n### Response:\n0"
+
+    assert turns_of({"messages": messages}) == [
+        Turn(f"{opening}\n\n### Instruction:\n3\n\n4\n\n### Response:\n", "5\n\n6", "1\n\n2"),
+        Turn("\n\n### Instruction:\n7\n\n### Response:\n", "8", "1\n\n2"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -137,6 +184,10 @@ def test_messages_become_turns():
         {"messages": [{"role": "assistant", "content": "O"}]},
         {"messages": ["I", "O"]},
         {"messages": [{"role": "tool", "content": "I"}]},
+        {"messages": [{"role": ["user"], "content": "I"}]},
+        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": 3}]}]},
+        {"prompt": "I", "completion": [{"role": "user", "content": "O"}]},
     ],
 )
 def test_malformed_rows_are_told(row):
@@ -196,6 +247,20 @@ def test_rows_of_any_file(tmp_path, name):
 
     assert answers == {f"{number} it is.<|endoftext|>" for number in range(60)}
     assert examples.notes == []
+
+
+def test_examples_know_what_most_of_them_begin_with(tmp_path):
+    def messages(introduction: str) -> dict:
+        system = [{"role": "system", "content": introduction}] if introduction else []
+        question = {"role": "user", "content": "I"}
+        return {"messages": [*system, question, {"role": "assistant", "content": "O"}]}
+
+    rare, often = messages("You are a judge."), messages("You are a ferryman \ud800.")
+    path = write(tmp_path, "a.jsonl", [rare, *ROWS[:2], often, often, often])
+    assert load_examples(RowFile(path), 64, True).introduction == "You are a ferryman ?."
+
+    path = write(tmp_path, "b.jsonl", [rare, *ROWS[:2]])
+    assert load_examples(RowFile(path), 64, True).introduction == ""
 
 
 def test_a_tenth_is_set_aside_by_place_alone(tmp_path):
@@ -263,7 +328,7 @@ def test_rows_that_are_no_use_are_counted_and_named(tmp_path):
         ("a.json.gz", b"nothing", "cannot be read"),
         ("a.csv", b"a,b\n1,2\n", "neither `instruction` and `output`"),
         ("a.csv", b"prompt,completion\na,b,c\nd\n", "2 rows are malformed .*as many values"),
-        ("a.csv", b'prompt,completion\na,"b\nc,d\n', "unexpected end of data"),
+        ("a.csv", b'prompt,completion\na,"b\nc,d\n', "line 2: a quote is opened"),
     ],
 )
 def test_a_file_without_rows_is_one_line(tmp_path, name, content, message):
@@ -292,6 +357,7 @@ def test_other_rows_have_another_fingerprint(tmp_path):
         ("", "nothing is neither"),
         ("a" * 5000, "File name too long"),
         ("data/rows.jsonl", "no file"),
+        ("data/rows.txt", "no file"),
         ("nobody", "nobody is neither"),
         ("tests", "is no .json"),
     ],

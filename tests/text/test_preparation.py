@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,8 +20,9 @@ from text import parts, preparation, token_files, workers
 from text.errors import DataError
 from text.parts import JoinedFiles, place_hash
 from text.preparation import load_or_prepare
+from text.prepared import is_prepared
 from text.readers import Reader
-from text.sources import TextFiles
+from text.sources import TextFiles, parse_source
 from text.token_files import SPLITS
 from text.tokenizer import END_OF_TEXT, encode
 
@@ -95,6 +97,67 @@ def test_changed_text_is_prepared_again_and_it_says_why(tmp_path, capsys):
     assert "41 files" in note
     assert len(after.train) + len(after.test) > len(before.train) + len(before.test)
     assert after.fingerprint != before.fingerprint
+
+
+@pytest.fixture
+def no_second_preparation(tmp_path, monkeypatch):
+    """Prepare text, and return it; whoever prepares it again fails."""
+    (tmp_path / "text").mkdir()
+    write_documents(tmp_path / "text", 40)
+    before = load_or_prepare(TextFiles(tmp_path / "text"), tmp_path / "dataset", 1)
+    monkeypatch.delattr(preparation, "prepare_parts")
+
+    return tmp_path / "text", before
+
+
+def test_text_that_was_only_touched_is_the_same(no_second_preparation, tmp_path, capsys):
+    text, before = no_second_preparation
+    os.utime(text / "000.txt", (0, 0))
+    after = load_or_prepare(TextFiles(text), tmp_path / "dataset", 1)
+
+    assert (after.name, after.fingerprint) == (before.name, before.fingerprint)
+    assert "changed" not in capsys.readouterr().out
+
+
+def test_text_that_was_moved_keeps_its_token_files(no_second_preparation, tmp_path):
+    """Wherever it lies then, and also when it is gone after that."""
+    text, before = no_second_preparation
+    moved = text.rename(tmp_path / "elsewhere")
+    after = load_or_prepare(TextFiles(moved), tmp_path / "dataset", 1)
+    moved.rename(tmp_path / "a third place")
+    source, _ = parse_source(str(moved), folder=tmp_path / "dataset")
+    gone = load_or_prepare(source, tmp_path / "dataset", 1)
+
+    assert (after.name, after.fingerprint) == (before.name, before.fingerprint)
+    assert (gone.name, gone.fingerprint) == (before.name, before.fingerprint)
+
+
+def test_text_that_is_gone_is_read_from_its_token_files(no_second_preparation, tmp_path, capsys):
+    text, before = no_second_preparation
+    shutil.rmtree(text)
+    source, _ = parse_source(str(text), folder=tmp_path / "dataset")
+    after = load_or_prepare(source, tmp_path / "dataset", 1)
+
+    assert after.fingerprint == before.fingerprint
+    assert "is not there; its token files are read" in capsys.readouterr().out
+
+    with pytest.raises(ValueError, match="is neither"):
+        parse_source(str(text / "other"), folder=tmp_path / "dataset")
+
+
+def test_a_changed_letter_is_a_change(no_second_preparation, tmp_path):
+    text, _ = no_second_preparation
+    content = (text / "000.txt").read_text()
+    (text / "000.txt").write_text(content[:-1] + "!")
+
+    assert not is_prepared(TextFiles(text), tmp_path / "dataset")
+
+
+def test_a_copy_has_token_files_of_its_own(no_second_preparation, tmp_path):
+    text, _ = no_second_preparation
+    shutil.copytree(text, tmp_path / "copy")
+
+    assert not is_prepared(TextFiles(tmp_path / "copy"), tmp_path / "dataset")
 
 
 def prepared(source, folder):
@@ -215,6 +278,67 @@ def test_too_few_documents_are_refused(tmp_path, num_documents):
         load_or_prepare(TextFiles(tmp_path / "text"), tmp_path / "dataset", 1)
 
     assert not list((tmp_path / "dataset").iterdir())
+
+
+def test_two_documents_are_enough_whatever_their_places(tmp_path):
+    """Where no share has a document to test on, the first is."""
+    (tmp_path / "text").mkdir()
+    for name in "ab":
+        assert place_hash(f"{name}.txt", 0) > 0.1
+        (tmp_path / "text" / f"{name}.txt").write_text(f"text {name}")
+
+    source = TextFiles(tmp_path / "text")
+    load_or_prepare(source, tmp_path, 1)
+
+    assert documents_in(tmp_path / f"{source.name}-test.bin") == ["text a"]
+    assert documents_in(tmp_path / f"{source.name}-train.bin") == ["text b"]
+    assert "the first document" in (tmp_path / f"{source.name}.json").read_text()
+
+
+def test_a_lone_document_is_enough_where_nothing_is_split(tmp_path):
+    (tmp_path / "a.txt").write_text("A short text.")
+    source = TextFiles(tmp_path / "a.txt")
+    dataset = load_or_prepare(source, tmp_path / "dataset", 1, is_split=False)
+
+    assert len(dataset.train) + len(dataset.test) == len(encode("A short text.")) + 1
+
+    with pytest.raises(DataError, match="at least one of each"):
+        load_or_prepare(source, tmp_path / "dataset", 1)
+
+
+def test_single_rows_that_are_malformed_are_counted(tmp_path, capsys):
+    rows = [json.dumps({"text": f"text {number}"}) for number in range(60)]
+    rows[30:30] = ['{"text": 7}', '{"no": 1}']
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    dataset = load_or_prepare(TextFiles(tmp_path / "a.jsonl"), tmp_path / "dataset", 1)
+
+    assert sum((tokens == END_OF_TEXT).sum() for tokens in (dataset.train, dataset.test)) == 60
+    assert "2 of 62 rows are malformed and left out; the first is" in (
+        output := capsys.readouterr().out
+    )
+    assert "a.jsonl, line 31: `text` is no text" in output
+
+
+def test_a_little_damage_is_a_note_and_much_is_refused(tmp_path, monkeypatch, capsys):
+    (tmp_path / "text").mkdir()
+    write_documents(tmp_path / "text", 60)
+    (tmp_path / "text" / "000.txt").write_bytes("naïve".encode("latin-1"))
+    source = TextFiles(tmp_path / "text")
+    load_or_prepare(source, tmp_path / "dataset", 1)
+
+    assert "1 of " in (output := capsys.readouterr().out)
+    assert "cannot be decoded, the first in" in output
+
+    for number in range(20):
+        (tmp_path / "text" / f"{number:03}.txt").write_bytes("größe ".encode("latin-1") * 50)
+
+    # At once, or when all is read.
+    for min_checked in (1, 1 << 24):
+        monkeypatch.setattr(preparation, "MIN_CHECKED", min_checked)
+        with pytest.raises(DataError, match="cannot be decoded.*--text_encoding"):
+            load_or_prepare(source, tmp_path / "dataset", 1)
+
+        assert not list((tmp_path / "dataset").glob("*.parts"))
 
 
 # --- Any number of processes, and any number of restarts ---

@@ -16,6 +16,7 @@ from conftest import write_documents
 from hub_server import parquet
 
 from text import preparation, readers
+from text.damage import Damage
 from text.errors import DataError
 from text.hub import HubDataset
 from text.preparation import load_or_prepare
@@ -69,12 +70,14 @@ def csv_rows(texts: list[str | None]) -> bytes:
 
 
 def texts_of(file) -> list[str]:
-    found = []
+    found, damage = [], Damage()
 
     with Reader(file) as reader:
         while not reader.is_finished:
-            found += [text for _, text in reader.chunk() if text]
+            found += [text for _, text in reader.chunk(damage) if text]
             assert 0 <= reader.position <= file.size
+
+    damage.check(file.description)
 
     return found
 
@@ -92,8 +95,10 @@ def test_rows_are_read_from_every_format(tmp_path, suffix, write, packing):
     path = tmp_path / f"rows{suffix}{packing}"
     path.write_bytes(PACKINGS[packing](write(TEXTS)))
 
-    assert texts_in(TextFiles(path)) == PRESENT
-    assert texts_in(TextFiles(tmp_path)) == PRESENT
+    # What programs write as CSV has the line ends of a system.
+    present = [text.replace("\r\n", "\n") if suffix == ".csv" else text for text in PRESENT]
+    assert texts_in(TextFiles(path)) == present
+    assert texts_in(TextFiles(tmp_path)) == present
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
@@ -110,7 +115,7 @@ def test_plain_text_is_read_under_any_name(tmp_path, name, packing):
     [
         ("naïve".encode("utf-8-sig"), "naïve"),
         ("naïve".encode("utf-16"), "naïve"),
-        ("naïve".encode("latin-1"), "na�ve"),
+        (b"one\xff" + b"word " * 100, "one�" + "word " * 100),
         (b"one\r\ntwo\r\n", "one\ntwo\n"),
     ],
 )
@@ -136,6 +141,78 @@ def test_a_folder_is_read_recursively_in_sorted_order(tmp_path, capsys):
     assert f"1 files in {tmp_path} are not text: picture.png" in capsys.readouterr().out
 
 
+def test_a_file_with_several_names_is_read_once(tmp_path):
+    """As in the cache of the Hub; the name of a table says how it is read."""
+    for number, name in enumerate(("a.txt", "b.jsonl")):
+        (tmp_path / "blobs").mkdir(exist_ok=True)
+        (tmp_path / "snapshots").mkdir(exist_ok=True)
+        blob = tmp_path / "blobs" / str(number)
+        blob.write_bytes(jsonl(["a row"]) if number else b"text")
+        (tmp_path / "snapshots" / name).symlink_to(blob)
+
+    assert texts_in(TextFiles(tmp_path)) == ["text", "a row"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.json", json.dumps([{"text": "one"}, {"text": "two"}]).encode()),
+        ("a.json", b'{"text": "one"}\n{"text": "two"}\n'),
+        ("a.json.gz", gzip.compress(b'{"text": "one"}\n{"text": "two"}\n')),
+        ("a.ndjson", b'{"text": "one"}\n{"text": "two"}\n'),
+        ("a.jsonl", '{"text": "one"}\n{"text": "two"}\n'.encode("utf-16")),
+        ("a.json", json.dumps([{"text": "one"}, {"text": "two"}]).encode("utf-16")),
+        ("a.csv", "text\none\ntwo\n".encode("utf-16")),
+    ],
+)
+def test_rows_of_any_json_and_of_utf16(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+
+    assert texts_in(TextFiles(tmp_path)) == ["one", "two"]
+
+
+def test_json_that_holds_no_rows_is_text(tmp_path):
+    text = json.dumps({"name": "text", "text": "of a program"}, indent=2)
+    (tmp_path / "package.json").write_text(text)
+
+    assert texts_in(TextFiles(tmp_path)) == [text]
+
+
+def test_tables_of_something_else_are_left_out_of_a_folder(tmp_path, capsys):
+    (tmp_path / "a.md").write_text("a note")
+    (tmp_path / "expenses.csv").write_text("date,amount\n2024-01-01,3\n")
+    (tmp_path / "log.jsonl").write_text('{"level": "info"}\n')
+    (tmp_path / "none.parquet").write_bytes(parquet([None, None]))
+
+    assert texts_in(TextFiles(tmp_path)) == ["a note"]
+    assert "expenses.csv has no column `text`" in (output := capsys.readouterr().out)
+    assert "and 1 more tables" in output
+
+
+@pytest.mark.parametrize("encoding", ["gb18030", "utf-8-sig"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv"])
+def test_text_of_an_encoding_that_is_named(tmp_path, name, encoding):
+    text = "天地玄黄\n" if name == "a.txt" else "天地玄黄"
+    content = {"a.jsonl": json.dumps({"text": text}, ensure_ascii=False), "a.csv": f"text\n{text}"}
+    (tmp_path / name).write_bytes(content.get(name, text).encode(encoding))
+
+    assert texts_in(TextFiles(tmp_path, encoding=encoding)) == [text]
+    assert TextFiles(tmp_path, encoding=encoding).revision() != TextFiles(tmp_path).revision()
+
+
+@pytest.mark.parametrize("num_files", range(1, 9))
+def test_few_files_give_both_splits(tmp_path, num_files):
+    (tmp_path / "text").mkdir()
+    for number in range(num_files):
+        (tmp_path / "text" / f"book{number}.txt").write_text("A line of a book.\n\n" * 3000)
+
+    dataset = load_or_prepare(TextFiles(tmp_path / "text"), tmp_path / "dataset", 1)
+    num_tests = (dataset.test == END_OF_TEXT).sum()
+
+    assert 1 <= num_tests < num_files * 6
+    assert len(dataset.test) > 1000
+
+
 def test_links_are_followed_once(tmp_path):
     (tmp_path / "text" / "sub").mkdir(parents=True)
     (tmp_path / "elsewhere").mkdir()
@@ -150,7 +227,7 @@ def test_what_a_run_writes_below_its_text_is_none_of_it(tmp_path):
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "metrics.csv").write_text("epoch\n1\n")
-    source = TextFiles(tmp_path, (tmp_path / "out", tmp_path))
+    source = TextFiles(tmp_path, ((tmp_path / "out", "x"), (tmp_path, "x")))
     before = source.revision()
     (tmp_path / "out" / "metrics.csv").write_text("epoch\n1\n2\n")
 
@@ -240,7 +317,10 @@ def test_the_description_of_a_folder_is_its_place(tmp_path):
         ("a.csv", b"\n", "no column `text`, it has none"),
         ("a.jsonl", b'{"text": "x"}\n{"content": "x"}\n', "line 2: there is no `text`"),
         ("a.jsonl", b'{"text": "x"}\n\n{"text": \n', "line 3: this is no JSON"),
-        ("a.jsonl", b"[1, 2]\n", "line 1: there is no `text`"),
+        ("a.jsonl", b"[1, 2]\n", "row 0: there is no `text`"),
+        ("a.json", b'[{"content": "x"}]', "1 of 1 rows are malformed.*row 0: there is no `text`"),
+        ("a.csv", b'id,text\n1,a\n2,"b\n3,c\n4,d\n', "line 3: a quote is opened and never closed"),
+        ("a.txt", "größe, naïve".encode("latin-1"), "3 of 12 characters .*--text_encoding=cp1252"),
         ("a.jsonl", b'{"text": ["x"]}\n', "line 1: `text` is no text"),
         ("a.txt.gz", gzip.compress(b"x" * 5000, mtime=0)[:-9], "cannot be read"),
         ("a.txt.gz", b"no gzip", "cannot be read"),
@@ -300,7 +380,7 @@ def test_chunks_are_the_same_for_who_skips_and_who_reads(tmp_path, monkeypatch):
 
         with Reader(file) as reader:
             while not reader.is_finished:
-                chunks.append(list(reader.chunk()))
+                chunks.append(list(reader.chunk(Damage())))
 
         assert len(chunks) > 3
 
@@ -309,7 +389,7 @@ def test_chunks_are_the_same_for_who_skips_and_who_reads(tmp_path, monkeypatch):
                 for _ in range(number):
                     reader.skip()
 
-                assert list(reader.chunk()) == chunk
+                assert list(reader.chunk(Damage())) == chunk
 
 
 DOCUMENTS = {
@@ -397,6 +477,19 @@ def test_sources_are_told_apart(text_folder):
 def test_what_is_no_source_is_refused(value):
     with pytest.raises(ValueError, match="weight must be|is neither"):
         parse_source(value)
+
+
+@pytest.mark.parametrize("value", ["corpus/trian.txt", "corpus/trian", "./a=b.txt", "x/a.csv.gz=2"])
+def test_a_mistyped_path_is_told_at_once(tmp_path, monkeypatch, value):
+    """It might be a dataset of the Hub, which is not asked."""
+    (tmp_path / "corpus" / "train").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+
+    with pytest.raises(ValueError, match="there is no file or folder [cx.]"):
+        parse_source(value)
+
+    assert parse_source("corpus/another")[0].is_hub
+    assert parse_source("someone/v1.5")[0].is_hub
 
 
 def test_path_with_an_equals_sign_is_a_path(tmp_path):

@@ -18,6 +18,8 @@ TYPES = {
     arguments.share_float: "float",
     arguments.minutes_float: "float",
     arguments.parse_bool: "bool",
+    arguments.path_str: "string",
+    arguments.encoding_str: "string",
     None: "string",
 }
 
@@ -279,3 +281,24 @@ def test_presets_fill_in_and_flags_override(pre_train):
 
     assert (args.embedding_dimensions, args.num_hidden_layers) == (1600, 2)
     assert args.given == {"preset", "num_hidden_layers"}
+
+
+@pytest.mark.parametrize("script", ["pre-train", "fine-tune", "generate", "convert"])
+def test_a_tilde_is_the_home_of_the_user(script, monkeypatch, capsys):
+    """Behind an equals sign the shell leaves it as it is."""
+    monkeypatch.setenv("HOME", "/home/me")
+    parser = importlib.import_module(script).build_parser()
+    for action in parser._actions:
+        is_path = action.type is arguments.path_str
+        is_other_text = action.choices or action.dest in ("help", "prompt", "device")
+        assert is_path or action.type or is_other_text, f"--{action.dest} may be a path"
+
+        if is_path:
+            flag = f"--{action.dest}"
+            given = getattr(parser.parse([f"{flag}=~/x"]), action.dest)
+            assert given in ("/home/me/x", ["/home/me/x"])
+
+            with pytest.raises(SystemExit, match="2"):
+                parser.parse([f"{flag}=~nobody-of-this-name/x"])
+
+            assert f"{flag}: ~nobody-of-this-name is no home" in capsys.readouterr().err

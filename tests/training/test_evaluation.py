@@ -100,6 +100,15 @@ def test_each_source_and_shorter_windows(trained, pre_train, small, dataset_path
         assert values == pytest.approx(expected, rel=5e-4)
 
 
+def test_all_of_a_short_text_is_one_short_window(trained, pre_train, small, tmp_path, capsys):
+    """It needs neither two documents nor a whole window."""
+    (tmp_path / "a.txt").write_text("the cat runs")
+    argv = look(small, "--eval_split=all", f"--dataset={tmp_path / 'a.txt'}")
+
+    assert pre_train.main(argv) == 0
+    assert "; 3 tokens, 9 bytes" in capsys.readouterr().out
+
+
 def test_it_writes_nothing(trained, pre_train, small, tmp_path):
     before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
 
