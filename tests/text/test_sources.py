@@ -158,7 +158,7 @@ def test_a_file_with_several_names_is_read_once(tmp_path):
     [
         ("a.json", json.dumps([{"text": "one"}, {"text": "two"}]).encode()),
         ("a.json", b'{"text": "one"}\n{"text": "two"}\n'),
-        ("a.json.gz", gzip.compress(b'{"text": "one"}\n{"text": "two"}\n')),
+        ("a.json.gz", gzip.compress(b'{"text": "one"}\n{"text": "two"}\n', mtime=0)),
         ("a.ndjson", b'{"text": "one"}\n{"text": "two"}\n'),
         ("a.jsonl", '{"text": "one"}\n{"text": "two"}\n'.encode("utf-16")),
         ("a.json", json.dumps([{"text": "one"}, {"text": "two"}]).encode("utf-16")),
