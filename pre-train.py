@@ -209,6 +209,14 @@ def evaluate(settings: Settings, sources: Sources, world: World) -> None:
 def build_parser() -> Parser:
     parser = Parser(prog="pre-train.py", description=(__doc__ or "").partition("\n")[0])
 
+    add_data_arguments(parser)
+    add_model_arguments(parser)
+    add_recipe_arguments(parser)
+    add_run_arguments(parser)
+    return parser
+
+
+def add_data_arguments(parser: Parser) -> None:
     add = parser.add_argument_group("data").add_argument
     add(
         "--dataset",
@@ -240,6 +248,8 @@ def build_parser() -> Parser:
         help="Processes that tokenize, at most one a core.",
     )
 
+
+def add_model_arguments(parser: Parser) -> None:
     add = parser.add_argument_group("model").add_argument
     add("--preset", choices=list(PRESETS), help="Named defaults; single flags override them.")
     add(
@@ -254,6 +264,8 @@ def build_parser() -> Parser:
     add("--num_hidden_layers", type=positive_int, default=12, help="Blocks of attention and MLP.")
     add("--dropout", type=dropout_float, default=0.1, help="Share of activations set to zero.")
 
+
+def add_recipe_arguments(parser: Parser) -> None:
     add = parser.add_argument_group("recipe").add_argument
     add_batches(add)
     add("--samples_per_epoch", type=positive_int, default=4096, help="Samples in an epoch.")
@@ -286,6 +298,8 @@ def build_parser() -> Parser:
     )
     add_seed(add)
 
+
+def add_run_arguments(parser: Parser) -> None:
     add = parser.add_argument_group("run").add_argument
     add_outputs(add, "./out/checkpoint.pt", "./out/pre-train.csv")
     add_intervals(add, evaluation=10, checkpoint=20)
@@ -312,7 +326,6 @@ def build_parser() -> Parser:
         default="test",
         help="What --eval_only reads of each source: the test split, or all of it.",
     )
-    return parser
 
 
 def check_arguments(settings: Settings, num_processes: int) -> Sources:
