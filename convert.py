@@ -132,16 +132,16 @@ def chosen_action(args: Namespace, given: set[str]) -> Callable[[Namespace, set[
 def to_hugging_face(args: Namespace, given: set[str]) -> None:
     from interop.outputs import new_folder
     from interop.transformers import export_model
-    from training.checkpoint import load_model, merge_adapter
+    from training.checkpoint import load_model_and_tokenizer, merge_adapter
 
     folder, path, lora_path = Path(args.to_hugging_face), args.checkpoint_path, args.lora_path
     with new_folder(folder, "--to_hugging_face") as temporary:
-        model = load_model(path)
+        model, tokenizer = load_model_and_tokenizer(path)
         is_needed = "lora_path" in given
         introduction = merge_adapter(model, Path(lora_path), is_needed) if lora_path else None
         name = path if introduction is None else f"{path} with {lora_path}"
         print(f"Model:  {name}, {model.num_parameters:,} parameters")
-        export_model(model, temporary, introduction)
+        export_model(model, tokenizer, temporary, introduction)
 
     print_files(folder)
     print("Next:   from transformers import AutoModelForCausalLM, AutoTokenizer")

@@ -26,7 +26,8 @@ from text.errors import DataError
 from text.preparation import load_or_prepare
 from text.sources import Outputs, Source, parse_source
 from text.token_files import TokenDataset
-from text.tokenizer import TOKEN_TYPE, token_sizes
+from text.tokenizer import TOKEN_TYPE, Tokenizer
+from text.vocabulary import open_tokenizer
 
 # Token ids and targets, int64 (B, T) each.
 Batch = tuple[Tensor, Tensor]
@@ -106,6 +107,10 @@ class Corpus:
         return self.stream.block_size
 
     @property
+    def tokenizer(self) -> Tokenizer:
+        return self.datasets[0].tokenizer
+
+    @property
     def num_tokens(self) -> int:
         """The tokens to train on."""
         return sum(len(dataset.train) for dataset in self.datasets)
@@ -165,18 +170,23 @@ def parse_sources(
 
 
 def open_corpus(
-    settings: Namespace, sources: Sources, world: World, saved: Sequence[list] = ()
+    settings: Namespace,
+    sources: Sources,
+    world: World,
+    tokenizer: Tokenizer | None = None,
+    saved: Sequence[list] = (),
 ) -> Corpus:
     """Open the sources of a run, for training and for testing.
 
     Args:
+        tokenizer: that of a checkpoint; None for the one of --vocabulary_size.
         saved: the fingerprint of a run that is resumed, whose token files are not replaced.
 
     Raises:
         DataError: when files are damaged, or a source is unfit or too short.
     """
     kept = [checksum for *_, checksum in saved]
-    datasets = open_datasets(settings, sources, world, kept=kept)
+    datasets = open_datasets(settings, sources, world, tokenizer, kept=kept)
     trains = [dataset.train for dataset in datasets]
     weights = resolve_weights([weight for _, weight in sources], [len(t) for t in trains])
     samples_per_update = settings.batch_size * settings.gradient_accumulation_steps
@@ -194,12 +204,14 @@ def open_datasets(
     settings: Namespace,
     sources: Sources,
     world: World,
+    tokenizer: Tokenizer | None = None,
     is_split: bool = True,
     kept: Sequence[str] = (),
 ) -> list[TokenDataset]:
     """Open the token files of sources; prepare those that are missing.
 
     Args:
+        tokenizer: as open_corpus has it.
         is_split, kept: as load_or_prepare has them.
 
     Raises:
@@ -207,10 +219,16 @@ def open_datasets(
     """
     folder, num_processes = Path(settings.dataset_path), settings.num_dataset_processes
     with world.one_per_machine_first():
+        if tokenizer is None:
+            some = [source for source, _ in sources]
+            tokenizer = open_tokenizer(some, folder, settings.vocabulary_size)
+
         datasets = [
-            load_or_prepare(source, folder, num_processes, is_split, kept) for source, _ in sources
+            load_or_prepare(source, folder, tokenizer, num_processes, is_split, kept)
+            for source, _ in sources
         ]
 
+    world.check_same("The vocabulary", tokenizer.encoding)
     world.check_same("The data", [dataset.fingerprint for dataset in datasets])
     return datasets
 
@@ -328,11 +346,14 @@ class EvaluationWindows:
     def num_targets(self) -> int:
         return len(self) * self.block_size
 
-    @property
-    def num_bytes(self) -> int:
-        """The UTF-8 bytes of the text of all targets."""
+    def num_bytes(self, token_sizes: np.ndarray) -> int:
+        """Return the bytes of the text of all targets.
+
+        Args:
+            token_sizes: the bytes of each token, int64 (V).
+        """
         return sum(
-            int(token_sizes()[self.tokens[start + 1 : start + self.block_size + 1]].sum())
+            int(token_sizes[self.tokens[start + 1 : start + self.block_size + 1]].sum())
             for start in self.starts
         )
 

@@ -17,6 +17,7 @@ from model import GPT
 from system.devices import PRECISIONS, compile_model, matmul_dtype, total_matmul_rate
 from system.distributed import World
 from text.rows import RowSource, load_examples, parse_row_source
+from text.tokenizer import Tokenizer
 from training.arguments import (
     Parser,
     Settings,
@@ -35,7 +36,14 @@ from training.arguments import (
     positive_float,
     positive_int,
 )
-from training.checkpoint import MODEL_KEYS, build_model, check_base, fingerprint, load_checkpoint
+from training.checkpoint import (
+    MODEL_KEYS,
+    build_model,
+    check_base,
+    fingerprint,
+    load_checkpoint,
+    read_tokenizer,
+)
 from training.instruction_data import InstructionData
 from training.launch import Launch
 from training.lora import add_lora, check_rank
@@ -84,8 +92,8 @@ def main(argv: list[str] | None = None) -> int:
         if is_finished(settings, checkpoint):
             return 0
 
-        model, base = read_base(settings, checkpoint, world)
-        data = open_data(settings, source, model.block_size, world)
+        model, tokenizer, base = read_base(settings, checkpoint, world)
+        data = open_data(settings, source, tokenizer, model.block_size, world)
         trainer = build_trainer(settings, model, data, world)
         base_loss = checkpoint.get("base_test_loss")
         restore(trainer, data, checkpoint)
@@ -94,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
         if base_loss is None:
             base_loss = test_base(trainer, data)
 
-        metadata = checkpoint_metadata(settings, data, base, base_loss)
+        metadata = checkpoint_metadata(settings, data, tokenizer, base, base_loss)
         with Run(settings, trainer, data, writer, metadata) as run:
             for epoch in run.epochs():
                 for batches in run.updates(epoch):
@@ -107,8 +115,8 @@ def main(argv: list[str] | None = None) -> int:
     return job.status
 
 
-def read_base(settings: Settings, checkpoint: dict, world: World) -> tuple[GPT, str]:
-    """Read the base model and its fingerprint.
+def read_base(settings: Settings, checkpoint: dict, world: World) -> tuple[GPT, Tokenizer, str]:
+    """Read the base model, its tokenizer and its fingerprint.
 
     Raises:
         CheckpointError: when it cannot be read, or a resumed run began with another.
@@ -117,6 +125,7 @@ def read_base(settings: Settings, checkpoint: dict, world: World) -> tuple[GPT, 
     path = Path(settings.base_model_path)
     state = load_checkpoint(path, MODEL_KEYS)
     model = build_model(state, path)
+    tokenizer = read_tokenizer(state, path)
     base = fingerprint(model.state_dict())
     world.check_same("The base models", base)
     try:
@@ -127,11 +136,11 @@ def read_base(settings: Settings, checkpoint: dict, world: World) -> tuple[GPT, 
     if checkpoint:
         check_base(checkpoint, base, Path(settings.checkpoint_path))
 
-    return model, base
+    return model, tokenizer, base
 
 
 def open_data(
-    settings: Settings, source: RowSource, block_size: int, world: World
+    settings: Settings, source: RowSource, tokenizer: Tokenizer, block_size: int, world: World
 ) -> InstructionData:
     """Read and tokenize the rows to learn from.
 
@@ -139,7 +148,7 @@ def open_data(
         DataError: when the source cannot be read, or has too few rows.
     """
     with world.one_per_machine_first():
-        examples = load_examples(source, block_size, settings.mask_input)
+        examples = load_examples(source, tokenizer, block_size, settings.mask_input)
 
     world.check_same("The data", examples.fingerprint)
     return InstructionData(
@@ -148,6 +157,7 @@ def open_data(
         settings.batch_size,
         settings.gradient_accumulation_steps,
         block_size,
+        tokenizer.end_of_text,
         settings.seed,
     )
 
@@ -182,10 +192,11 @@ def test_base(trainer: Trainer, data: InstructionData) -> float:
 
 
 def checkpoint_metadata(
-    settings: Settings, data: InstructionData, base: str, base_loss: float
+    settings: Settings, data: InstructionData, tokenizer: Tokenizer, base: str, base_loss: float
 ) -> dict:
     """Return the entries of a checkpoint beside the state of the trainer."""
     return {
+        "encoding": tokenizer.encoding,
         "lora_args": settings.select(("rank", "alpha")),
         "base": base,
         "base_test_loss": base_loss,

@@ -132,7 +132,7 @@ class TextGenerator:
 
     def __init__(self, args: Namespace, device, needs_lora: bool):
         from system.devices import PRECISIONS, resolve_precision
-        from training.checkpoint import load_model, merge_adapter
+        from training.checkpoint import load_model_and_tokenizer, merge_adapter
 
         self.args = args
         self.device = device
@@ -140,7 +140,7 @@ class TextGenerator:
         self.num_answers = 0
 
         path, lora_path = Path(args.checkpoint_path), Path(args.lora_path)
-        model = load_model(path)
+        model, self.tokenizer = load_model_and_tokenizer(path)
         # What prompts of a fine-tuned model begin with.
         self.introduction = merge_adapter(model, lora_path, needs_lora) if args.lora_path else None
 
@@ -160,6 +160,7 @@ class TextGenerator:
         args = self.args
         pieces = continue_text(
             self.model,
+            self.tokenizer,
             self.tokens(prompt),
             args.num_samples,
             args.max_tokens,
@@ -200,15 +201,14 @@ class TextGenerator:
     def tokens(self, prompt: str) -> list[int]:
         """Tokenize a prompt: its last block_size tokens, or end-of-text for an empty one."""
         from text.instructions import format_prompt
-        from text.tokenizer import END_OF_TEXT, encode
 
         if self.uses_template:
             prompt = format_prompt(prompt, introduction=self.introduction)
 
-        tokens = encode(prompt).tolist()
+        tokens = self.tokenizer.encode(prompt).tolist()
         if not tokens:
             note("Empty prompt: starting a new text.")
-            return [END_OF_TEXT]
+            return [self.tokenizer.end_of_text]
 
         if len(tokens) > self.model.block_size:
             note(
@@ -221,7 +221,7 @@ class TextGenerator:
 
 def answer_all(args: Namespace, generator: TextGenerator) -> None:
     """Answer --prompt, or standard input, or prompts that are typed one by one."""
-    from text.tokenizer import without_surrogates
+    from text.errors import without_surrogates
 
     if args.prompt is not None:
         generator.answer(without_surrogates(args.prompt), is_echoed=True)

@@ -39,7 +39,9 @@ from training.arguments import (
     path_str,
     positive_float,
     positive_int,
+    vocabulary_int,
 )
+from training.checkpoint import vocabulary_state
 from training.evaluation import report_losses
 from training.initial import load_initial_weights, read_model
 from training.launch import Launch
@@ -113,12 +115,13 @@ def main(argv: list[str] | None = None) -> int:
 
         writer = None if job.settings.dry_run else job.claim_outputs()
         settings, checkpoint = prepare_resume(job.settings, world, ("model_args", "model"))
-        settings, weights = load_initial_weights(settings, checkpoint)
+        settings, weights, tokenizer = load_initial_weights(settings, checkpoint)
         check_same_run(settings, checkpoint)
         if is_finished(settings, checkpoint):
             return 0
 
-        corpus = open_corpus(settings, sources, world, checkpoint.get("dataset", ()))
+        saved = checkpoint.get("dataset", ())
+        corpus = open_corpus(settings, sources, world, tokenizer, saved)
         trainer = build_trainer(settings, weights, world)
         # Copied by now: otherwise the run would hold them to its end.
         weights.clear()
@@ -183,6 +186,7 @@ def build_trainer(settings: Settings, weights: dict[str, Tensor], world: World) 
 def checkpoint_metadata(settings: Settings, corpus: Corpus) -> dict:
     """Return the entries of a checkpoint beside the state of the trainer."""
     return {
+        **vocabulary_state(corpus.tokenizer),
         "model_args": model_args(settings),
         "dataset": corpus.fingerprint,
         "settings": settings.select(FIXED_FLAGS + FREE_FLAGS),
@@ -191,13 +195,13 @@ def checkpoint_metadata(settings: Settings, corpus: Corpus) -> dict:
 
 def evaluate(settings: Settings, sources: Sources, world: World) -> None:
     """Print the loss of a checkpoint on each source: --eval_only."""
-    settings, model = read_model(settings, Path(settings.checkpoint_path))
+    settings, model, tokenizer = read_model(settings, Path(settings.checkpoint_path))
     is_open = settings.precision == "auto"
     precision = choose_precision(world) if is_open else settings.precision
     settings = settings.replace(seed=0, precision=precision)
     trainer = build_trainer(settings, model.state_dict(), world)
     is_all = settings.eval_split == "all"
-    datasets = open_datasets(settings, sources, world, is_split=not is_all)
+    datasets = open_datasets(settings, sources, world, tokenizer, is_split=not is_all)
     describe_model(settings, trainer)
     describe_device(settings, trainer, "not compiled")
     report_losses(trainer, datasets, settings.batch_size, is_all)
@@ -234,6 +238,13 @@ def add_data_arguments(parser: Parser) -> None:
         type=path_str,
         default="./dataset",
         help="Folder of the token files.",
+    )
+    add(
+        "--vocabulary_size",
+        type=vocabulary_int,
+        default=50257,
+        help="Tokens of the vocabulary: 50257 is GPT-2's, any other number from 257 to 65536 is"
+        " trained on the text.",
     )
     add(
         "--text_encoding",

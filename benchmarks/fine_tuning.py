@@ -32,6 +32,7 @@ from system.devices import (
 from system.distributed import World
 from system.memory import peak_memory
 from text.rows import StandardLibraryFunctions, load_examples
+from text.tokenizer import gpt2_tokenizer
 from trainers import make_trainer
 from training.instruction_data import InstructionData
 from training.lora import add_lora
@@ -41,8 +42,12 @@ BLOCK_SIZE, BATCH_SIZE, RANK, ALPHA = 512, 4, 8, 2.0
 
 def steps(num_steps: int, is_grouped: bool) -> list:
     """Return batches of rows, of like length or as they come."""
-    examples = load_examples(StandardLibraryFunctions(), BLOCK_SIZE, mask_input=True)
-    batches = InstructionData("stdlib", examples, BATCH_SIZE, 1, BLOCK_SIZE, seed=0)
+    examples = load_examples(
+        StandardLibraryFunctions(), gpt2_tokenizer(), BLOCK_SIZE, mask_input=True
+    )
+    batches = InstructionData(
+        "stdlib", examples, BATCH_SIZE, 1, BLOCK_SIZE, padding_token=0, seed=0
+    )
 
     if not is_grouped:
         batches.POOL = 1

@@ -13,14 +13,12 @@ nanoGPT's recipe runs on our network, which computes the same: weights from N(0,
 write to the residual stream smaller; AdamW with betas 0.9 and 0.95 and weight decay 0.1 on the
 matrices; warm-up over a tenth, cosine decay to a tenth, clipping at 1; windows with replacement.
 
-A large vocabulary is most of a small model's work. With --vocabulary_size=8192 the text is
-tokenized by the first merges of r50k_base alone, and a step takes 0.37 of the time on a CPU; losses
-are then nats per such token, and compare among themselves.
+A large vocabulary is most of a small model's work: with --vocabulary_size=8192 a step takes 0.37 of
+the time on a CPU; losses are then nats per such token, and compare among themselves.
 """
 
 import argparse
 import csv
-import hashlib
 import itertools
 import json
 import statistics
@@ -32,7 +30,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
-import tiktoken
 import torch
 
 from data import EvaluationWindows, split_windows
@@ -42,10 +39,10 @@ from system.distributed import World
 from system.memory import tune_memory
 from text import parts
 from text.preparation import load_or_prepare
-from text.prepared import is_prepared
 from text.sources import Source, parse_source
-from text.token_files import SPLITS, TokenDataset, open_dataset, read_sidecar, token_path
-from text.tokenizer import END_OF_TEXT, PIECES, TOKEN_TYPE, VOCABULARY_SIZE, load_encoding
+from text.token_files import TokenDataset
+from text.tokenizer import GPT2_SIZE
+from text.vocabulary import open_tokenizer
 from trainers import make_trainer
 from training.checkpoint import load_model
 from training.optimizers import Schedule
@@ -55,56 +52,13 @@ BLOCK_SIZE, BATCH_SIZE = 256, 16
 EPOCH = 10
 TEST_SHARE = 0.05
 ROOT = Path(__file__).resolve().parent.parent
-# pre-train.py with another size of the vocabulary than that of its tokenizer.
-SCRIPT = f"""
-import runpy, sys
-sys.path.insert(0, {str(ROOT)!r})
-from text import tokenizer
-tokenizer.VOCABULARY_SIZE = int(sys.argv.pop(1))
-runpy.run_path({str(ROOT / "pre-train.py")!r}, run_name="__main__")
-"""
 
 
 def prepare(source: Source, folder: Path, vocabulary_size: int) -> TokenDataset:
     """Return the token files of a source, with TEST_SHARE of its documents to test on."""
     number = parts.TEST_SHARES.index(TEST_SHARE) + 1
     parts.JoinedFiles.choose_share = lambda self: setattr(self, "num_test_classes", number)
-    whole = load_or_prepare(source, folder / str(VOCABULARY_SIZE), 2)
-
-    if vocabulary_size == VOCABULARY_SIZE:
-        return whole
-
-    own = folder / str(vocabulary_size)
-
-    if not is_prepared(source, own):
-        own.mkdir(exist_ok=True)
-        sidecar = read_sidecar(folder / str(VOCABULARY_SIZE) / f"{source.name}.json")
-
-        for split in SPLITS:
-            tokens = merge_less(getattr(whole, split), vocabulary_size)
-            token_path(own, source.name, split).write_bytes(tokens)
-            sidecar[split]["tokens"] = len(tokens) // TOKEN_TYPE.itemsize
-            sidecar[split]["sha256"] = hashlib.sha256(tokens).hexdigest()
-
-        (own / f"{source.name}.json").write_text(json.dumps(sidecar))
-
-    return open_dataset(own, source.name)
-
-
-def merge_less(tokens: np.ndarray, vocabulary_size: int) -> bytes:
-    """Tokenize documents once more with the first merges of r50k_base; end-of-text is the last."""
-    encoding = load_encoding()
-    size = vocabulary_size - 1
-    ranks = {encoding.decode_single_token_bytes(token): token for token in range(size)}
-    short = tiktoken.Encoding("short", pat_str=PIECES, mergeable_ranks=ranks, special_tokens={})
-    ends = np.flatnonzero(tokens == END_OF_TEXT)
-    ids = []
-
-    for start, end in itertools.pairwise([-1, *ends.tolist()]):
-        ids += short.encode_ordinary(encoding.decode(tokens[start + 1 : end].tolist()))
-        ids.append(size)
-
-    return np.array(ids, dtype=TOKEN_TYPE).tobytes()
+    return load_or_prepare(source, folder, open_tokenizer([source], folder, vocabulary_size), 2)
 
 
 def ours(
@@ -116,11 +70,10 @@ def ours(
         subprocess.run(
             [
                 sys.executable,
-                "-c",
-                SCRIPT,
-                str(args.vocabulary_size),
+                ROOT / "pre-train.py",
+                f"--vocabulary_size={args.vocabulary_size}",
                 f"--dataset={args.text}",
-                f"--dataset_path={args.dataset_path / str(args.vocabulary_size)}",
+                f"--dataset_path={args.dataset_path}",
                 f"--block_size={BLOCK_SIZE}",
                 f"--embedding_dimensions={args.embedding_dimensions}",
                 f"--num_attention_heads={args.num_attention_heads}",
@@ -199,7 +152,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("text")
     parser.add_argument("--dataset_path", type=Path, default=Path("./dataset/learning"))
-    parser.add_argument("--vocabulary_size", type=int, default=VOCABULARY_SIZE)
+    parser.add_argument("--vocabulary_size", type=int, default=GPT2_SIZE)
     parser.add_argument("--steps", type=int, nargs="+", default=[750])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--learning_rates", type=float, nargs="*", default=[5e-4], help="of ours")

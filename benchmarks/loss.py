@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from loss import OutputLoss
 from system.devices import PRECISIONS, autocast, resolve_device, resolve_precision, synchronize
 from system.memory import tune_memory
-from text.tokenizer import VOCABULARY_SIZE
+from text.tokenizer import GPT2_SIZE
 
 
 def main() -> None:
@@ -40,10 +40,10 @@ def main() -> None:
         tune_memory()
 
     precision = resolve_precision(device) if args.precision == "auto" else args.precision
-    num_rows = (VOCABULARY_SIZE + 127) // 128 * 128
+    num_rows = (GPT2_SIZE + 127) // 128 * 128
     z = torch.randn(1, args.num_tokens, args.embedding_dimensions, device=device)
     weight = torch.randn(num_rows, args.embedding_dimensions, device=device) * 0.02
-    y = torch.randint(VOCABULARY_SIZE, (1, args.num_tokens), device=device)
+    y = torch.randint(GPT2_SIZE, (1, args.num_tokens), device=device)
     z.requires_grad_()
     weight.requires_grad_()
     plain_loss, compiled_loss = OutputLoss(), OutputLoss()
@@ -53,12 +53,12 @@ def main() -> None:
     left, right = (each.to(PRECISIONS[precision]) for each in (left, right))
 
     def plain() -> torch.Tensor:
-        logits = F.linear(z, weight)[..., :VOCABULARY_SIZE]
+        logits = F.linear(z, weight)[..., :GPT2_SIZE]
         return F.cross_entropy(logits.flatten(0, 1).float(), y.flatten())
 
     candidates = {
-        "ours": lambda: compiled_loss(z, weight, y, VOCABULARY_SIZE),
-        "ours, not compiled": lambda: plain_loss(z, weight, y, VOCABULARY_SIZE),
+        "ours": lambda: compiled_loss(z, weight, y, GPT2_SIZE),
+        "ours, not compiled": lambda: plain_loss(z, weight, y, GPT2_SIZE),
         "cross_entropy(linear)": plain,
     }
 

@@ -21,7 +21,7 @@ from model import GPT  # noqa: E402
 from system.devices import compile_model  # noqa: E402
 from system.distributed import World  # noqa: E402
 from system.memory import peak_memory, tune_memory  # noqa: E402
-from text.tokenizer import VOCABULARY_SIZE  # noqa: E402
+from text.tokenizer import GPT2_SIZE  # noqa: E402
 from trainers import make_trainer  # noqa: E402
 
 PRESETS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -46,7 +46,7 @@ class Plan:
     chunk_size: int = 4096
 
     def __post_init__(self):
-        self.num_rows = math.ceil(VOCABULARY_SIZE / 128) * 128
+        self.num_rows = math.ceil(GPT2_SIZE / 128) * 128
         self.is_full = self.sharding == "full" and self.num_gpus > 1
         self.is_low = self.precision == "bf16"
         self.block = 12 * self.embedding_dimensions**2
@@ -129,12 +129,12 @@ def measure(args: argparse.Namespace) -> None:
     world.connect()
     sizes = sizes_of(args.measure)
     before = peak_memory(world.device)
-    model = GPT(VOCABULARY_SIZE, args.block_size, **sizes, dropout=0.1)
+    model = GPT(GPT2_SIZE, args.block_size, **sizes, dropout=0.1)
     model.activation_checkpointing = args.activation_checkpointing
     network = world.wrap(model, model.blocks)
     compile_model(model, world.device)
     trainer = make_trainer(model, network, world, args.precision, "muon")
-    x = torch.randint(VOCABULARY_SIZE, (args.batch_size, args.block_size))
+    x = torch.randint(GPT2_SIZE, (args.batch_size, args.block_size))
 
     for number in range(2):
         trainer.update([(number, x, x)])

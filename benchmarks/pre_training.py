@@ -39,7 +39,7 @@ def ours(args: argparse.Namespace, optimizer: str) -> Callable[[], float]:
     from system.devices import compile_model
     from system.distributed import World
     from system.memory import tune_memory
-    from text.tokenizer import VOCABULARY_SIZE
+    from text.tokenizer import GPT2_SIZE
     from trainers import make_trainer
 
     if args.device == "cpu":
@@ -56,7 +56,7 @@ def ours(args: argparse.Namespace, optimizer: str) -> Callable[[], float]:
             "num_hidden_layers",
         )
     }
-    model = GPT(VOCABULARY_SIZE, **sizes, dropout=args.dropout)
+    model = GPT(GPT2_SIZE, **sizes, dropout=args.dropout)
     model.activation_checkpointing = args.activation_checkpointing
     network = world.wrap(model, model.blocks)
 
@@ -64,7 +64,7 @@ def ours(args: argparse.Namespace, optimizer: str) -> Callable[[], float]:
         compile_model(model, world.device)
 
     trainer = make_trainer(model, network, world, args.precision, optimizer)
-    x = torch.randint(VOCABULARY_SIZE, (args.batch_size, args.block_size))
+    x = torch.randint(GPT2_SIZE, (args.batch_size, args.block_size))
     model.train()
 
     return lambda: trainer.take_step([(0, x, x)])[0]

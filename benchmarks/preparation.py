@@ -24,7 +24,7 @@ import sys
 sys.path.insert(0, {root!r})
 import json, resource, threading
 from pathlib import Path
-from text import preparation, sources
+from text import preparation, sources, tokenizer
 
 folder = Path({folder!r}) / "dataset"
 
@@ -40,7 +40,8 @@ if __name__ == "__main__":
     thread = threading.Thread(target=watch, args=(stop, sizes))
     thread.start()
     source, _ = sources.parse_source({text!r})
-    dataset = preparation.load_or_prepare(source, folder, {num_processes})
+    gpt2 = tokenizer.gpt2_tokenizer()
+    dataset = preparation.load_or_prepare(source, folder, gpt2, {num_processes})
     stop.set()
     thread.join()
     usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
@@ -63,12 +64,12 @@ from text import tokenizer
 
 load_dataset = datasets.load_dataset
 datasets.load_dataset = lambda *_, **__: load_dataset("parquet", data_files={text!r})
-known = tokenizer.load_encoding()
+known = tokenizer.gpt2_tokenizer()
 encoding = tiktoken.Encoding(
     "gpt2",
-    pat_str=known._pat_str,
-    mergeable_ranks=known._mergeable_ranks,
-    special_tokens=known._special_tokens,
+    pat_str=known.pattern,
+    mergeable_ranks=known.tokens,
+    special_tokens={{"<|endoftext|>": known.end_of_text}},
 )
 tiktoken.registry.ENCODINGS["gpt2"] = encoding
 tiktoken.get_encoding = lambda _: encoding
@@ -89,7 +90,7 @@ import pyarrow.parquet
 from text import tokenizer
 
 texts = pyarrow.parquet.read_table({text!r}, columns=["text"]).column(0).to_pylist()
-encoding = tokenizer.load_encoding()
+encoding = tokenizer.gpt2_tokenizer().tiktoken
 start = time.perf_counter()
 tokens = encoding.encode_ordinary_batch(texts, num_threads={num_processes})
 seconds = time.perf_counter() - start

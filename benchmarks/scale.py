@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from model import GPT
-from text.tokenizer import VOCABULARY_SIZE
+from text.tokenizer import GPT2_SIZE
 
 PRESETS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 NUM_GPUS = (1, 8, 64)
@@ -57,7 +57,7 @@ def main() -> None:
         sizes = importlib.import_module("pre-train").PRESETS[preset]
 
         with torch.device("meta"):
-            model = GPT(VOCABULARY_SIZE, args.block_size, **sizes)
+            model = GPT(GPT2_SIZE, args.block_size, **sizes)
 
         flops = model.flops_per_token(args.block_size) * args.tokens_per_update
 

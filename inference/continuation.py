@@ -8,11 +8,12 @@ import torch
 from inference.decoding import generate
 from inference.sampling import Sampler
 from model import GPT
-from text.tokenizer import END_OF_TEXT, load_encoding
+from text.tokenizer import Tokenizer
 
 
 def continue_text(
     model: GPT,
+    tokenizer: Tokenizer,
     prompt: list[int],
     num_samples: int,
     max_tokens: int,
@@ -28,7 +29,7 @@ def continue_text(
     Yields:
         What each new token adds to each text; None for a text that has ended.
     """
-    encoding, device = load_encoding(), model.token_embeddings.weight.device
+    device = model.token_embeddings.weight.device
     x = torch.tensor([prompt] * num_samples, device=device)  # (B, T)
     running = [True] * num_samples
     # A character may have its bytes in several tokens.
@@ -37,8 +38,8 @@ def continue_text(
         row: list[str | None] = [None] * num_samples
         for number, token in enumerate(tokens.tolist()):
             if running[number]:
-                running[number] = token != END_OF_TEXT
-                content = encoding.decode_single_token_bytes(token) if running[number] else b""
+                running[number] = token != tokenizer.end_of_text
+                content = tokenizer.decode_bytes(token) if running[number] else b""
                 row[number] = decoders[number].decode(content, final=not running[number])
 
         yield row

@@ -21,8 +21,12 @@ from interop.transformers import (
     their_name,
 )
 from model import GPT
-from text.tokenizer import ENCODING
-from training.checkpoint import FORMAT_VERSION, check_finite, fingerprint, load_model
+from training.checkpoint import (
+    FORMAT_VERSION,
+    check_finite,
+    fingerprint,
+    load_model_and_tokenizer,
+)
 from training.lora import linear_layers, lora_shapes
 
 CONFIG_FILE = "adapter_config.json"
@@ -108,7 +112,7 @@ def import_adapter(folder: Path, base_path: Path) -> dict:
             this model.
     """
     config = read_config(folder)
-    model = load_model(base_path)
+    model, tokenizer = load_model_and_tokenizer(base_path)
     layers = read_layers(folder, config, model)
     names = {their_name(name): name for name in linear_layers(model)}
     others = {f"of {name} has no place here" for name in layers.keys() - names.keys()}
@@ -129,7 +133,7 @@ def import_adapter(folder: Path, base_path: Path) -> dict:
     check_finite(lora, folder)
     return {
         "format_version": FORMAT_VERSION,
-        "encoding": ENCODING,
+        "encoding": tokenizer.encoding,
         "lora_args": {"rank": rank, "alpha": alpha},
         "lora": lora,
         "base": fingerprint(model.state_dict()),

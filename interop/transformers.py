@@ -21,15 +21,18 @@ from transformers import (
     GPT2LMHeadModel,
     GPT2PreTrainedModel,
     GPT2Tokenizer,
+    PreTrainedTokenizerFast,
 )
 from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.utils import logging
 
 from interop.outputs import ConversionError
 from model import GPT
+from text.errors import DataError
 from text.instructions import GREETING, INTRODUCTION, TURN
-from text.tokenizer import ENCODING, END_OF_TEXT, VOCABULARY_SIZE, read_ranks
-from training.checkpoint import FORMAT_VERSION
+from text.tokenizer import OWN_PIECES, Tokenizer, format_ranks, gpt2_tokenizer
+from text.vocabulary import byte_characters, plain_pattern
+from training.checkpoint import FORMAT_VERSION, vocabulary_state
 
 if int(transformers.__version__.partition(".")[0]) < 5:
     raise ConversionError(
@@ -90,7 +93,7 @@ TUNED = (
 )
 
 
-def export_model(model: GPT, folder: Path, introduction: str | None) -> None:
+def export_model(model: GPT, tokenizer: Tokenizer, folder: Path, introduction: str | None) -> None:
     """Write a model, its tokenizer and a card into a folder, and read the weights back.
 
     Args:
@@ -98,31 +101,25 @@ def export_model(model: GPT, folder: Path, introduction: str | None) -> None:
             that was not fine-tuned, which gets no template.
 
     Raises:
-        ConversionError: when it has another vocabulary, or cannot be written.
+        ConversionError: when it cannot be written.
     """
-    if model.vocabulary_size != VOCABULARY_SIZE:
-        raise ConversionError(
-            f"The model has {model.vocabulary_size} tokens, the {VOCABULARY_SIZE} of GPT-2 are"
-            " needed."
-        )
-
     config = new_config(model)
     theirs = skeleton(config)
     weights = export_weights(model, theirs)
     theirs.load_state_dict(weights, assign=True)
     theirs.tie_weights()
     theirs.generation_config = GenerationConfig(
-        **dict.fromkeys(["bos_token_id", "eos_token_id", "pad_token_id"], END_OF_TEXT)
+        **dict.fromkeys(["bos_token_id", "eos_token_id", "pad_token_id"], tokenizer.end_of_text)
     )
-    tokenizer = new_tokenizer(model.block_size)
+    their_tokenizer = new_tokenizer(tokenizer, model.block_size)
     is_tuned = introduction is not None
-    tokenizer.chat_template = None if introduction is None else chat_template(introduction)
+    their_tokenizer.chat_template = None if introduction is None else chat_template(introduction)
     card = CARD.read_text("utf-8").format(
         purpose=TUNED if is_tuned else PLAIN, parameters=theirs.num_parameters(), config=config
     )
     with convert_errors(folder, "written"):
         theirs.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        their_tokenizer.save_pretrained(folder)
 
     (folder / "README.md").write_text(card, "utf-8")
     check_written(weights, load(folder, config).state_dict(), folder)
@@ -139,6 +136,8 @@ def check_written(weights: dict[str, Tensor], found: dict[str, Tensor], folder: 
 def new_config(model: GPT) -> GPT2Config:
     return GPT2Config(
         vocab_size=model.vocabulary_size,
+        # The library's own default is GPT-2's, whatever the size.
+        **dict.fromkeys(["bos_token_id", "eos_token_id"], model.vocabulary_size - 1),
         n_positions=model.block_size,
         # Its name in older versions, which llama.cpp reads.
         n_ctx=model.block_size,
@@ -206,8 +205,8 @@ def import_model(folder: Path) -> dict:
     Raises:
         ConversionError: when it cannot be read, or is not exactly a GPT-2.
     """
-    config = read_config(folder)
-    check_vocabulary(folder)
+    tokenizer = read_vocabulary(folder)
+    config = read_config(folder, tokenizer.vocabulary_size)
     theirs = load(folder, config).state_dict()
     if not torch.equal(theirs[OUTPUT], theirs[EMBEDDINGS]):
         raise ConversionError(
@@ -236,13 +235,13 @@ def import_model(folder: Path) -> dict:
 
     return {
         "format_version": FORMAT_VERSION,
-        "encoding": ENCODING,
+        **vocabulary_state(tokenizer),
         "model_args": model_args,
         "model": weights,
     }
 
 
-def read_config(folder: Path) -> GPT2Config:
+def read_config(folder: Path, vocabulary_size: int) -> GPT2Config:
     """Return a new configuration with the sizes of one in a folder.
 
     Nothing else in that file, such as code to fetch, reaches the library.
@@ -263,7 +262,8 @@ def read_config(folder: Path) -> GPT2Config:
     if (kind := content.get("model_type")) != "gpt2":
         raise ConversionError(f"{path}: model_type is {kind}, gpt2 is needed.")
 
-    config = GPT2Config(**{name: getattr(theirs, name) for name in SIZES.values()})
+    sizes = {name: getattr(theirs, name) for name in SIZES.values()}
+    config = GPT2Config(vocab_size=vocabulary_size, **sizes)
     same = {"activation_function": "gelu_pytorch_tanh", "n_inner": 4 * config.n_embd}
     for name in ARCHITECTURE:
         value, wanted = getattr(theirs, name), getattr(config, name)
@@ -273,18 +273,40 @@ def read_config(folder: Path) -> GPT2Config:
     return config
 
 
-def check_vocabulary(folder: Path) -> None:
-    """Raise ConversionError when a folder holds another vocabulary than r50k_base."""
+def read_vocabulary(folder: Path) -> Tokenizer:
+    """Return the tokenizer of a model in a folder; without files it is GPT-2's.
+
+    Raises:
+        ConversionError: when its vocabulary is neither GPT-2's nor one that this project wrote.
+    """
+    gpt2 = gpt2_tokenizer()
     if not any((folder / name).is_file() for name in VOCABULARY_FILES):
-        return
+        return gpt2
 
     with convert_errors(folder, "read for its vocabulary"):
         vocabulary = GPT2Tokenizer.from_pretrained(folder, local_files_only=True).get_vocab()
 
     # A token that was added behind these has no row of the embeddings.
-    known = {token: number for token, number in vocabulary.items() if number < VOCABULARY_SIZE}
-    if known != new_tokenizer(block_size=1).get_vocab():
-        raise ConversionError(f"{folder} holds another vocabulary than GPT-2's, r50k_base.")
+    known = {token: id for token, id in vocabulary.items() if id < gpt2.vocabulary_size}
+    if known == new_tokenizer(gpt2, block_size=1).get_vocab():
+        return gpt2
+
+    with contextlib.suppress(DataError, KeyError, OSError, ValueError):
+        content = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+        alphabet = byte_characters()
+        tokens = {
+            b"".join(map(alphabet.__getitem__, token)): id
+            for token, id in content["model"]["vocab"].items()
+        }
+        own = Tokenizer(format_ranks(tokens))
+        # What it does with text has to be the same in all else, too.
+        wanted = json.loads(new_tokenizer(own, block_size=1).backend_tokenizer.to_str())
+        if all(content[key] == wanted[key] for key in ("model", "pre_tokenizer", "normalizer")):
+            return own
+
+    raise ConversionError(
+        f"{folder} holds another vocabulary than GPT-2's, r50k_base, or one of this project."
+    )
 
 
 def load(folder: Path, config: GPT2Config) -> GPT2LMHeadModel:
@@ -349,16 +371,25 @@ def convert_errors(path: Path, action: str = "read") -> Iterator[None]:
         raise ConversionError(f"{path} cannot be {action}: {text}.") from error
 
 
-def new_tokenizer(block_size: int) -> GPT2Tokenizer:
-    """Return transformers' tokenizer with the ids of text.tokenizer.encode.
+def new_tokenizer(tokenizer: Tokenizer, block_size: int) -> PreTrainedTokenizerFast:
+    """Return transformers' tokenizer with the ids of a tokenizer of ours.
 
     A literal <|endoftext|> in a text is the special token there, as its users expect.
     """
-    converter = TikTokenConverter()
-    converter.load_tiktoken_bpe = lambda _: read_ranks()
+    converter = TikTokenConverter(
+        pattern=plain_pattern(OWN_PIECES), extra_special_tokens=[SPECIAL_TOKEN]
+    )
+    converter.load_tiktoken_bpe = lambda _: tokenizer.tokens
+    if tokenizer.is_own:
+        return PreTrainedTokenizerFast(
+            tokenizer_object=converter.converted(),
+            model_max_length=block_size,
+            **dict.fromkeys(["bos_token", "eos_token", "pad_token"], SPECIAL_TOKEN),
+        )
+
     vocabulary, merges = converter.extract_vocab_merges_from_model("")
     return GPT2Tokenizer(
-        vocab={**vocabulary, SPECIAL_TOKEN: END_OF_TEXT},
+        vocab={**vocabulary, SPECIAL_TOKEN: tokenizer.end_of_text},
         merges=merges,
         model_max_length=block_size,
         pad_token=SPECIAL_TOKEN,

@@ -198,7 +198,7 @@ def test_checkpoints_that_are_no_model_of_gpt2_are_refused(refused, tmp_path):
     path.write_bytes(b"PK\x03\x04")
     assert "is damaged, or not of this project" in refused("--to_hugging_face=new")
     write_checkpoint(path, vocabulary_size=300)
-    assert "has 300 tokens, the 50257 of GPT-2 are needed" in refused("--to_hugging_face=new")
+    assert "has 300 tokens, the 50257 of r50k_base are needed" in refused("--to_hugging_face=new")
 
 
 def test_a_killed_export_leaves_nothing_under_its_name_and_the_next_one_is_whole(convert, refused):

@@ -20,6 +20,7 @@ import pytest
 import torch
 from conftest import NUM_ROWS, assert_same_run
 from faults import KILL_AT, Payload, claim, files_in, with_right_checksum
+from vocabularies import GPT2_TOKENIZER
 
 from processes import CONTEXT, Group, finished
 from text.errors import DataError
@@ -215,7 +216,7 @@ def test_killed_and_resumed_to_the_same_bits(
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_every_flipped_bit_of_a_token_file_is_caught(text_folder, tmp_path, split):
-    dataset = load_or_prepare(TextFiles(text_folder), tmp_path, 1)
+    dataset = load_or_prepare(TextFiles(text_folder), tmp_path, GPT2_TOKENIZER, 1)
     path = tmp_path / f"{dataset.name}-{split}.bin"
     content, places = path.read_bytes(), random.Random(0)
 
@@ -225,10 +226,10 @@ def test_every_flipped_bit_of_a_token_file_is_caught(text_folder, tmp_path, spli
         path.write_bytes(damaged)
 
         with pytest.raises(DataError, match=r"is damaged|holds token id"):
-            load_or_prepare(TextFiles(text_folder), tmp_path, 1)
+            load_or_prepare(TextFiles(text_folder), tmp_path, GPT2_TOKENIZER, 1)
 
     path.write_bytes(content)
-    load_or_prepare(TextFiles(text_folder), tmp_path, 1)
+    load_or_prepare(TextFiles(text_folder), tmp_path, GPT2_TOKENIZER, 1)
 
 
 PAYLOADS = ["system", "posix", "subprocess", "exec", "eval", "open", "runpy", "numpy", "nested"]

@@ -13,6 +13,7 @@ import torch
 from conftest import assert_same_run, finish, launch
 from faults import KILL_AT, SIGNAL_AT, Payload, read
 from hub_server import parquet_rows, serve
+from vocabularies import END_OF_TEXT, GPT2_TOKENIZER
 
 from processes import Group, assert_close_runs, finished
 from training.checkpoint import build_model, load_checkpoint, save_checkpoint
@@ -108,8 +109,8 @@ def test_what_was_saved_is_what_was_tested(fine_tune, small, base_path, rows_pat
     merge_lora_checkpoint(model, state, tmp_path / "lora.pt")
     total = count = 0
 
-    for example in load_examples(RowFile(rows_path), 64, True).test:
-        x, y = collate([example], 1, 64)
+    for example in load_examples(RowFile(rows_path), GPT2_TOKENIZER, 64, True).test:
+        x, y = collate([example], 1, 64, END_OF_TEXT)
         logits = model(x)
         total += torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), y.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
@@ -425,7 +426,7 @@ def test_masked_loss_equals_hugging_face():
         )
         for n in (9, 20, 30)
     ]
-    x, y = collate(examples, 3, 32)
+    x, y = collate(examples, 3, 32, END_OF_TEXT)
     x = x.clamp(max=299)
     # Their labels stand at the place of the token itself, and are moved on inside.
     labels = torch.full_like(x, IGNORE_INDEX)

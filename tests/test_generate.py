@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from vocabularies import END_OF_TEXT, decode, encode
 
 from model import GPT
 from text.instructions import INTRODUCTION
-from text.tokenizer import END_OF_TEXT, encode, load_encoding
 from training.checkpoint import (
     FORMAT_VERSION,
     build_model,
@@ -396,7 +396,7 @@ def unknown_size(state: dict) -> None:
         (put_nan, "norm.weight holds values that are not finite"),
         (misfit, "does not describe a valid model"),
         (unknown_size, "does not describe a valid model"),
-        (other_tokenizer, "was trained on cl100k_base"),
+        (other_tokenizer, "its vocabulary is cl100k_base"),
     ],
 )
 def test_a_checkpoint_that_is_of_no_use_is_one_line(run, tmp_path, change, message):
@@ -512,7 +512,7 @@ def test_the_template_is_put_around_an_instruction(
     monkeypatch.setattr(script.TextGenerator, "tokens", tokens_of)
     run("--prompt=Say {input}", *FAST)
     run("--prompt=Say {input}", *FAST, "--raw")
-    wrapped, raw = (load_encoding().decode(prompt) for prompt in prompts)
+    wrapped, raw = (decode(prompt) for prompt in prompts)
 
     # The context may not hold all of it.
     expected = f"{introduction}\n\n### Instruction:\nSay {{input}}\n\n### Response:\n"
@@ -591,6 +591,6 @@ def test_out_of_memory_is_one_line(run, monkeypatch):
     status, _, errors = run("--prompt=a", "--num_samples=3")
     assert "for 3 samples side by side; lower --num_samples." in errors
 
-    monkeypatch.setattr("training.checkpoint.load_model", fail)
+    monkeypatch.setattr("training.checkpoint.load_model_and_tokenizer", fail)
     status, _, errors = run("--prompt=a")
     assert "for the model; take a smaller one" in errors

@@ -72,10 +72,10 @@ def test_the_weights_are_not_held_during_the_run(pre_train, small, initial, tmp_
     load_initial_weights, references, alive = pre_train.load_initial_weights, [], []
 
     def beginning(*args):
-        settings, weights = load_initial_weights(*args)
+        settings, weights, tokenizer = load_initial_weights(*args)
         references.extend(map(weakref.ref, weights.values()))
 
-        return settings, weights
+        return settings, weights, tokenizer
 
     def finish(self, *args):
         alive.extend(name for reference in references if (name := reference()) is not None)
@@ -152,7 +152,7 @@ def test_weights_of_another_vocabulary_are_refused(small, initial, tmp_path, err
 
     status, line = error_of(flags(small, initial, out=tmp_path / "out"))
     assert status == 1
-    assert f"{initial} has 100 tokens, the 50257 of GPT-2 are needed." in line
+    assert f"{initial} has 100 tokens, the 50257 of r50k_base are needed." in line
 
 
 @pytest.mark.parametrize("content", [None, b"", b"PK\x03\x04 and no more"])

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, finish, launch
 from faults import read
+from vocabularies import GPT2_TOKENIZER
 
 from text import preparation, workers
 from text.errors import DataError
@@ -43,7 +44,7 @@ def test_where_processes_share_no_locks_one_tokenizes(text_folder, tmp_path, mon
 
     monkeypatch.setattr(preparation, "MIN_SIZE_PER_PROCESS", 1)
     monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", refuse)
-    dataset = load_or_prepare(TextFiles(text_folder), tmp_path, 2)
+    dataset = load_or_prepare(TextFiles(text_folder), tmp_path, GPT2_TOKENIZER, 2)
 
     assert len(dataset.train) > 1000
     assert "Note:   a single process tokenizes; processes cannot share" in capsys.readouterr().err

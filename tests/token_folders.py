@@ -3,8 +3,7 @@
 from pathlib import Path
 
 import numpy as np
-
-from text.tokenizer import END_OF_TEXT, load_encoding
+from vocabularies import END_OF_TEXT, decode
 
 
 def documents_in(path: Path) -> list[str]:
@@ -15,7 +14,7 @@ def documents_in(path: Path) -> list[str]:
 
     assert not len(documents.pop()), "the last document is not ended"
 
-    return [load_encoding().decode(document[:-1].tolist()) for document in documents]
+    return [decode(document[:-1].tolist()) for document in documents]
 
 
 def contents(folder: Path) -> dict[str, bytes]:

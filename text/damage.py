@@ -3,8 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
-from text.errors import DataError, one_line
-from text.tokenizer import without_surrogates
+from text.errors import DataError, one_line, without_surrogates
 
 # What takes the place of bytes that are no text in the encoding.
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"

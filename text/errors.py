@@ -34,3 +34,8 @@ def is_full_disk(error: Exception) -> bool:
         errno.EDQUOT,
         errno.EFBIG,
     )
+
+
+def without_surrogates(text: str) -> str:
+    """Replace lone surrogates, which UTF-8 cannot express, by question marks."""
+    return text.encode("utf-8", errors="replace").decode("utf-8")

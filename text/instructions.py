@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from text.tokenizer import END_OF_TEXT, TOKEN_TYPE, encode
+from text.tokenizer import TOKEN_TYPE, Tokenizer
 
 # The introduction of Stanford Alpaca's template (Taori et al. 2023), and what a turn adds to it.
 INTRODUCTION = (
@@ -22,9 +22,6 @@ WITH_INPUT = (
     " context. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
-
-# No token of the encoding stands for more characters.
-MAX_TOKEN_SIZE = 128
 
 # The names that columns have in public datasets.
 CONVERSATIONS = ("messages", "conversations", "conversation")
@@ -195,7 +192,9 @@ def text_of(row: dict, name: str) -> str:
     return "".join(part["text"] for part in parts)
 
 
-def encode_turns(turns: Sequence[Turn], block_size: int, mask_input: bool) -> Example:
+def encode_turns(
+    turns: Sequence[Turn], tokenizer: Tokenizer, block_size: int, mask_input: bool
+) -> Example:
     """Turn a row into tokens; each answer ends with end-of-text.
 
     Args:
@@ -204,12 +203,13 @@ def encode_turns(turns: Sequence[Turn], block_size: int, mask_input: bool) -> Ex
     """
     # An example of T + 1 tokens has T inputs, and T targets one place further.
     size = block_size + 1
+    # No more can have a place.
+    max_characters = size * int(tokenizer.token_sizes.max())
     pieces, are_targets = [], []
     for prompt, answer, _ in turns:
         for text, is_answer in ((prompt, False), (answer, True)):
-            # No more than can have a place.
-            tokens = encode(text[: size * MAX_TOKEN_SIZE])
-            pieces.append(np.append(tokens, END_OF_TEXT) if is_answer else tokens)
+            tokens = tokenizer.encode(text[:max_characters])
+            pieces.append(np.append(tokens, tokenizer.end_of_text) if is_answer else tokens)
             are_targets.append(np.full(len(pieces[-1]), is_answer or not mask_input))
 
     tokens = np.concatenate(pieces).astype(TOKEN_TYPE)

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from text.errors import reported_errors
-from text.tokenizer import without_surrogates
+from text.errors import reported_errors, without_surrogates
 
 SUFFIXES = {".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".parquet": "parquet"}
 TEXT_SUFFIXES = (".json", ".txt", ".text", ".md", ".rst", ".tex", ".html", ".xml", ".log", ".py")

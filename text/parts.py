@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +18,15 @@ import numpy as np
 from system.files import write_whole
 from text.damage import Damage
 from text.errors import DataError
-from text.readers import Reader
+from text.readers import Documents, Reader
 from text.splits import TEST_SHARES, place_hash
 from text.token_files import FORMAT_VERSION, SPLITS
-from text.tokenizer import END_OF_TEXT, TOKEN_TYPE, encode_documents
+from text.tokenizer import TOKEN_TYPE, Tokenizer
 
 # So many windows of GPT-2's context, 64, are enough to test on.
 MIN_TEST_TOKENS = 65_536
+# The share of the documents that tiktoken tokenizes, too: gigatoken has to give the same ids.
+SAMPLE_SHARE = 0.001
 
 
 class PartWriter:
@@ -35,54 +36,88 @@ class PartWriter:
     is tested on, once all parts are known and the share is chosen, stands at its beginning.
     """
 
-    def __init__(self, folder: Path, key: str):
+    def __init__(self, folder: Path, key: str, tokenizer: Tokenizer):
         self.folder = folder
         self.key = key
+        self.tokenizer = tokenizer
         self.records: list[dict] = []
         self.damage = Damage()
         self.clear()
 
     def clear(self) -> None:
-        self.texts: list[str] = []
-        self.places: list[int] = []
+        self.texts: list = []
+        self.hashes: list[float] = []
         self.size = 0
 
-    def add(self, file, rows: Iterable[tuple[int, str | None]]) -> None:
-        """Add rows of a file, each with its number; those without text are no documents."""
-        for number, text in rows:
-            if text:
-                self.texts.append(text)
-                self.places.append(bisect.bisect(TEST_SHARES, place_hash(file.name, number)))
-                self.size += len(text) + Reader.ROW_SIZE
+    def add(self, file, documents: Documents) -> None:
+        """Add documents of a file."""
+        import pyarrow.compute
 
+        lengths = pyarrow.compute.utf8_length(documents.texts).to_numpy()
+        ends = np.cumsum(lengths + Reader.ROW_SIZE)  # (documents)
+        hashes = [place_hash(file.name, number) for number in documents.numbers.tolist()]
+        first = before = 0
+        while first < len(hashes):
+            # The document that fills the part is its last one.
+            last = int(np.searchsorted(ends, before + Reader.CHUNK_SIZE - self.size)) + 1
+            last = min(last, len(hashes))
+            self.texts.append(documents.texts[first:last])
+            self.hashes += hashes[first:last]
+            self.size += int(ends[last - 1]) - before
             if self.size >= Reader.CHUNK_SIZE:
                 self.flush()
 
+            first, before = last, int(ends[last - 1])
+
     def flush(self) -> None:
-        """Write what has come since the last part, if anything; a kill leaves no half of it."""
+        """Write what has come since the last part, if anything; a kill leaves no half of it.
+
+        Raises:
+            DataError: when gigatoken gives other ids than tiktoken.
+        """
+        import pyarrow
+
         if not self.texts:
             return
 
-        tokens = encode_documents(self.texts)
-        ends = np.flatnonzero(tokens == END_OF_TEXT) + 1  # (documents)
-        documents = np.split(tokens, ends[:-1])
-        order = np.argsort(self.places, kind="stable")
+        texts = pyarrow.concat_arrays(self.texts)
+        documents = self.tokenizer.encode_documents(texts)
+        self.check_sample(texts, documents)
+
+        places = [bisect.bisect(TEST_SHARES, place) for place in self.hashes]
+        order = np.argsort(places, kind="stable")
+        end = np.array([self.tokenizer.end_of_text], dtype=TOKEN_TYPE)
         name = f"{self.key}-{len(self.records):06d}.part"
-        content = np.concatenate([documents[i] for i in order]).tobytes()
+        content = np.concatenate([each for i in order for each in (documents[i], end)]).tobytes()
         write_whole(self.folder / name, content, is_forced=False)
 
         num_places = len(TEST_SHARES) + 1
-        num_tokens = np.bincount(self.places, np.diff(ends, prepend=0), num_places)
+        lengths = [len(document) + 1 for document in documents]
         self.records.append(
             {
                 "name": name,
                 "crc32": zlib.crc32(content),
-                "first": len(documents[order[0]]),
-                "documents": np.bincount(self.places, minlength=num_places).tolist(),
-                "tokens": num_tokens.astype(int).tolist(),
+                "first": lengths[order[0]],
+                "documents": np.bincount(places, minlength=num_places).tolist(),
+                "tokens": np.bincount(places, lengths, num_places).astype(int).tolist(),
             }
         )
         self.clear()
+
+    def check_sample(self, texts, documents: list[np.ndarray]) -> None:
+        """Raise DataError unless tiktoken gives the same ids on one in a thousand documents."""
+        if self.tokenizer.gigatoken is None:
+            return
+
+        sample = {i for i, place in enumerate(self.hashes) if place < SAMPLE_SHARE}
+        # Of every source at least its first document.
+        sample |= {0} if not self.records and set(self.key) <= {"0", "-"} else set()
+        for i in sample:
+            if not np.array_equal(documents[i], self.tokenizer.encode(texts[i].as_py())):
+                raise DataError(
+                    "gigatoken and tiktoken give different tokens here; pip uninstall gigatoken,"
+                    " or install another version of it, and start the same command again."
+                )
 
 
 class Journal:

@@ -28,7 +28,7 @@ from text.damage import Damage
 from text.errors import DataError, is_full_disk
 from text.local_files import Listing
 from text.parts import JoinedFiles, Journal, PartWriter
-from text.prepared import check_kept, is_prepared, prepared_name
+from text.prepared import check_kept, prepared_name
 from text.readers import Reader
 from text.sources import Source
 from text.token_files import (
@@ -36,12 +36,13 @@ from text.token_files import (
     SPLITS,
     TokenDataset,
     check_sizes,
+    files_name,
     open_dataset,
     read_sidecar,
     state_of,
     token_path,
 )
-from text.tokenizer import ENCODING
+from text.tokenizer import Tokenizer
 from text.workers import in_order
 
 # Files of at most so many bytes together are one unit of work.
@@ -57,6 +58,7 @@ DOWNLOAD = ".download"
 def load_or_prepare(
     source: Source,
     folder: Path,
+    tokenizer: Tokenizer,
     num_processes: int,
     is_split: bool = True,
     kept: Sequence[str] = (),
@@ -71,14 +73,14 @@ def load_or_prepare(
         DataError: when files do not match what is written about them, or the source is unfit.
         OSError: when the files cannot be read.
     """
-    name = prepared_name(source, folder)
+    name = prepared_name(source, folder, tokenizer.encoding)
     if name is None:
-        name = source.name
-        check_kept(source, folder, kept)
-        prepare(source, folder, num_processes, is_split)
+        name = files_name(source.name, tokenizer.encoding)
+        check_kept(source, folder / f"{name}.json", kept)
+        prepare(source, folder, tokenizer, num_processes, is_split)
 
-    check_documents(name, read_sidecar(folder / f"{name}.json"), is_split)
-    return open_dataset(folder, name)
+    check_documents(source.name, read_sidecar(folder / f"{name}.json"), is_split)
+    return open_dataset(folder, name, tokenizer)
 
 
 def check_documents(name: str, counts: dict, is_split: bool) -> None:
@@ -91,32 +93,35 @@ def check_documents(name: str, counts: dict, is_split: bool) -> None:
         )
 
 
-def prepare(source: Source, folder: Path, num_processes: int, is_split: bool) -> None:
+def prepare(
+    source: Source, folder: Path, tokenizer: Tokenizer, num_processes: int, is_split: bool
+) -> None:
     """Tokenize a source into its token files, unless another process does so meanwhile.
 
     Raises:
         DataError: when the source cannot be read, or is too small to train and test on, or the
             files cannot be written.
     """
-    parts = folder / f"{source.name}.parts"
+    name = files_name(source.name, tokenizer.encoding)
+    parts = folder / f"{name}.parts"
 
     def report(holder: str) -> None:
         print(f"Note:   {source.name} is being prepared by {holder}; waiting for it", flush=True)
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with Lock(folder / f"{source.name}.lock", on_wait=report) as lock:
-            if not is_prepared(source, folder):
-                tell_change(source, folder)
+        with Lock(folder / f"{name}.lock", on_wait=report) as lock:
+            if prepared_name(source, folder, tokenizer.encoding) is None:
+                tell_change(source, folder / f"{name}.json")
                 shutil.rmtree(finished_path(parts), ignore_errors=True)
                 parts.mkdir(exist_ok=True)
                 with no_downloads_left(parts):
-                    prepare_parts(source, parts, num_processes, is_split)
+                    prepare_parts(source, parts, tokenizer, num_processes, is_split)
 
                 if not lock.is_held():
                     raise DataError(f"{source.name}: another process has taken this over.")
 
-                publish(parts, folder, source.name)
+                publish(parts, folder, name)
     except OSError as error:
         cure = "Make room" if is_full_disk(error) else "Choose another --dataset_path"
         kept = f"; what is whole is kept in {parts}, the same command goes on with it"
@@ -141,9 +146,8 @@ def no_downloads_left(parts: Path) -> Iterator[None]:
         remove()
 
 
-def tell_change(source: Source, folder: Path) -> None:
-    """Print why a source is prepared again."""
-    path = folder / f"{source.name}.json"
+def tell_change(source: Source, path: Path) -> None:
+    """Print why a source is prepared again, if there is a sidecar at path."""
     if path.exists():
         sidecar = read_sidecar(path)
         print(
@@ -153,7 +157,9 @@ def tell_change(source: Source, folder: Path) -> None:
         )
 
 
-def prepare_parts(source: Source, parts: Path, num_processes: int, is_split: bool) -> None:
+def prepare_parts(
+    source: Source, parts: Path, tokenizer: Tokenizer, num_processes: int, is_split: bool
+) -> None:
     """Make both token files and their sidecar in the folder of parts.
 
     Parts are joined as they come, once the share to test on is known, and deleted.
@@ -173,7 +179,7 @@ def prepare_parts(source: Source, parts: Path, num_processes: int, is_split: boo
     with JoinedFiles(parts, journal) as joined:
         if not journal.is_complete:
             listing = listing or source.listing(journal.revision)
-            for _ in tokenize(source, listing, parts, journal, num_processes):
+            for _ in tokenize(source, listing, parts, journal, tokenizer, num_processes):
                 joined.add_new_parts()
 
             journal.complete()
@@ -195,7 +201,7 @@ def prepare_parts(source: Source, parts: Path, num_processes: int, is_split: boo
         "format_version": FORMAT_VERSION,
         "source": source.description,
         "revision": journal.revision,
-        "encoding": ENCODING,
+        "encoding": tokenizer.encoding,
         "split": joined.rule,
         **counts,
     }
@@ -271,13 +277,21 @@ def units(files: tuple, finished: set[str]) -> Iterator[Unit]:
 
 
 def tokenize(
-    source: Source, listing: Listing, parts: Path, journal: Journal, num_processes: int
+    source: Source,
+    listing: Listing,
+    parts: Path,
+    journal: Journal,
+    tokenizer: Tokenizer,
+    num_processes: int,
 ) -> Iterator[None]:
     """Do all units that the journal lacks; yield after each."""
     affordable = math.ceil(listing.size / MIN_SIZE_PER_PROCESS)
     num_workers = max(1, min(num_processes, num_cores(), affordable))
     finished: set[str] = set()
-    work = functools.partial(tokenize_unit, parts)
+    work = functools.partial(tokenize_unit, parts, tokenizer)
+    if tokenizer.gigatoken is None:
+        print("Note:   gigatoken is not installed; tiktoken tokenizes, which takes longer")
+
     results = in_order(work, units(listing.files, finished), journal.units, num_workers)
     bar = {"desc": f"Tokenizing {source.name}", "unit": "B", "unit_scale": True}
     # A log, in which every redrawn bar stays, gets one a minute.
@@ -304,14 +318,14 @@ def tokenize(
             yield
 
 
-def tokenize_unit(parts: Path, unit: Unit) -> dict:
+def tokenize_unit(parts: Path, tokenizer: Tokenizer, unit: Unit) -> dict:
     """Write the parts of a unit of work.
 
     Returns:
         Its key, its parts as PartWriter makes them, whether its file has ended, and how many bytes
         of all files are behind it.
     """
-    writer = PartWriter(parts, unit.key)
+    writer = PartWriter(parts, unit.key, tokenizer)
     if unit.chunk is None:
         download = parts / f"{unit.key}{DOWNLOAD}"
         ended, position = tokenize_files(unit.files, writer, download)
@@ -355,7 +369,8 @@ def tokenize_files(files: tuple, writer: PartWriter, download: Path) -> tuple[bo
     for file in files:
         with file.on_disk(download) as local, Reader(local) as reader:
             while not reader.is_finished:
-                writer.add(file, reader.chunk(writer.damage))
+                for documents in reader.chunk(writer.damage):
+                    writer.add(file, documents)
 
     return True, sum(file.size for file in files)
 
@@ -372,7 +387,8 @@ def tokenize_chunk(file, chunk: int, writer: PartWriter) -> tuple[bool, int]:
             reader.skip()
 
         if not reader.is_finished:
-            writer.add(file, reader.chunk(writer.damage))
+            for documents in reader.chunk(writer.damage):
+                writer.add(file, documents)
     except BaseException:
         open_reader.cache_clear()
         raise

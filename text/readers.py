@@ -1,7 +1,8 @@
 """Reads rows out of files: JSON, CSV, parquet and plain text, packed or not, a chunk at a time.
 
 A row is a dict of its columns, the error that makes it unreadable, or None for a blank line. Text
-to pre-train on comes as rows with a column `text`; instructions come as rows, too.
+to pre-train on comes as rows with a column `text`; instructions come as rows, too. Parquet comes in
+batches of pyarrow, whose text goes to the tokenizer as it is.
 """
 
 import contextlib
@@ -13,10 +14,12 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
 
 from text.damage import Damage
-from text.errors import DataError, reported_errors
+from text.errors import DataError, reported_errors, without_surrogates
 from text.local_files import UTF16_MARKS, LocalFile, decompress, is_packed
 
 # Row groups of parquet up to this many bytes are skipped without reading them.
@@ -44,11 +47,25 @@ class Block(NamedTuple):
     Args:
         size: in characters or bytes.
         rows: decodes them.
+        batches: reads them as record batches of pyarrow; None where the file has none.
     """
 
     num_rows: int
     size: int
     rows: Callable[[], Iterable[Row]]
+    batches: Callable[[], Iterable[Any]] | None = None
+
+
+class Documents(NamedTuple):
+    """Documents of a file, none of them empty.
+
+    Args:
+        numbers: of their rows, int64 (documents).
+        texts: pyarrow.LargeStringArray (documents).
+    """
+
+    numbers: np.ndarray
+    texts: Any
 
 
 class Reader:
@@ -93,23 +110,35 @@ class Reader:
         """About how many bytes of the file have been read."""
         return self.file.size if self.is_finished else min(self.raw.tell(), self.file.size)
 
-    def chunk(self, damage: Damage) -> Iterator[tuple[int, str | None]]:
-        """Yield the texts of the next rows, each with its number; none behind the last.
+    def chunk(self, damage: Damage) -> Iterator[Documents]:
+        """Yield the documents of the next chunk; none behind the last.
 
         Args:
-            damage: counts the rows, and those that are malformed, whose text is None.
+            damage: counts the rows, and those that are malformed, which are no documents.
         """
-        # The encoding of parquet is fixed, and nobody chooses that of the Hub.
-        is_decoded = self.file.kind != "parquet" and not self.file.origin
-        for number, (place, row) in enumerate(self.rows(), start=self.row):
-            text = None
+        first = self.row
+        if self.file.kind == "parquet":
+            for block in self.skip():
+                with reported_errors(self.file.description):
+                    for batch in block.batches():  # type: ignore[misc]
+                        damage.num_rows += batch.num_rows
+                        yield documents_of_column(batch.column("text"), first)
+                        first += batch.num_rows
+
+            return
+
+        # Nobody chooses the encoding of the Hub's files.
+        place_of_file = "" if self.file.origin else self.file.description
+        found: dict[int, str] = {}
+        for number, (place, row) in enumerate(self.rows(), start=first):
             try:
                 if text := document_of(row):
-                    damage.add_row(text, self.file.description if is_decoded else "")
+                    damage.add_row(text, place_of_file)
+                    found[number] = text
             except ValueError as error:
                 damage.add_malformed(f"{self.file.description}, {place}", error)
 
-            yield number, text
+        yield Documents(np.array([*found], dtype=np.int64), arrow_strings([*found.values()]))
 
     def rows(self) -> Iterator[Row]:
         """Yield the rows of the next chunk; none behind the last."""
@@ -338,35 +367,35 @@ def read_parquet(
         metadata = table.metadata.row_group(group)
         # Of all columns: asking a damaged file for a single one can crash the process.
         size = metadata.total_byte_size
+        # A few rows at a time: they may be of 10 MB each.
+        num_rows = min(1024, Reader.CHUNK_SIZE * metadata.num_rows // max(1, size)) or 1
+        batches = functools.partial(table.iter_batches, num_rows, [group], names, use_threads=False)
         if size + metadata.num_rows * Reader.ROW_SIZE <= MAX_LAZY_GROUP:
             # Whoever skips it does not even read it.
-            rows = functools.partial(group_rows, table, group, names, first)
-            yield Block(metadata.num_rows, size, rows)
+            yield block_of_batches(metadata.num_rows, size, batches, first)
             first += metadata.num_rows
             continue
 
-        for batch in group_batches(table, group, names):
-            rows = functools.partial(batch_rows, batch, first)
-            yield Block(batch.num_rows, batch.nbytes, rows)
+        for batch in batches():
+            one = functools.partial(iter, [batch])
+            yield block_of_batches(batch.num_rows, batch.nbytes, one, first)
             first += batch.num_rows
 
 
-def group_batches(table, group: int, names: list[str]) -> Iterator:
-    """Yield a row group a few rows at a time: they may be of 10 MB each."""
-    yield from table.iter_batches(16, [group], names, use_threads=False)
+def block_of_batches(
+    num_rows: int, size: int, batches: Callable[[], Iterable[Any]], first: int
+) -> Block:
+    """Make a block of record batches, of which the first row has the number first in its file."""
 
+    def rows() -> Iterator[Row]:
+        numbers = itertools.count(first)
+        for batch in batches():
+            columns = {name: column_values(batch.column(name)) for name in batch.schema.names}
+            for i in range(batch.num_rows):
+                row = {name: values[i] for name, values in columns.items()}
+                yield f"row {next(numbers)}", row
 
-def group_rows(table, group: int, names: list[str], first: int) -> Iterator[Row]:
-    for batch in group_batches(table, group, names):
-        yield from batch_rows(batch, first)
-        first += batch.num_rows
-
-
-def batch_rows(batch, first: int) -> Iterator[Row]:
-    """Decode rows, of which the first has the number first in its file."""
-    columns = {name: column_values(batch.column(name)) for name in batch.schema.names}
-    for i in range(batch.num_rows):
-        yield f"row {first + i}", {name: values[i] for name, values in columns.items()}
+    return Block(num_rows, size, rows, batches)
 
 
 def column_values(column) -> list:
@@ -377,6 +406,35 @@ def column_values(column) -> list:
             None if text is None else text.decode("utf-8", errors="replace")
             for text in column.cast("string").cast("binary").to_pylist()
         ]
+
+
+def documents_of_column(column, first: int) -> Documents:
+    """Return the documents of a column of text, whose first row has the number first."""
+    import pyarrow
+    import pyarrow.compute
+
+    try:
+        texts = column.cast(pyarrow.large_string())
+        texts.validate(full=True)
+    except pyarrow.ArrowInvalid:
+        texts = arrow_strings(column_values(column))
+
+    # Nulls have no length.
+    numbers = np.flatnonzero(pyarrow.compute.binary_length(texts).fill_null(0))
+    if len(numbers) < len(texts):
+        texts = texts.take(pyarrow.array(numbers))
+
+    return Documents(first + numbers, texts)
+
+
+def arrow_strings(texts: list[str | None]):
+    """Return texts as pyarrow.LargeStringArray."""
+    import pyarrow
+
+    try:
+        return pyarrow.array(texts, pyarrow.large_string())
+    except UnicodeEncodeError:
+        return arrow_strings([text and without_surrogates(text) for text in texts])
 
 
 def holds_text(kind) -> bool:

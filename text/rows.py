@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from text.errors import DataError, one_line, reported_errors
+from text.errors import DataError, one_line, reported_errors, without_surrogates
 from text.hub import HubDataset
-from text.instructions import COLUMNS, Example, Turn, encode_turns, turns_of
+from text.instructions import COLUMNS, Example, encode_turns, turns_of
 from text.local_files import LocalFile, is_file_name, is_json, kind_of_name
 from text.readers import Reader, Row
 from text.sources import StandardLibrary
-from text.tokenizer import encode, without_surrogates
+from text.tokenizer import Tokenizer
 
 # The share of the rows that is set aside to test on.
 TEST_SHARE = 0.1
@@ -201,7 +201,9 @@ class Examples:
         return digest.hexdigest()
 
 
-def load_examples(source: RowSource, block_size: int, mask_input: bool) -> Examples:
+def load_examples(
+    source: RowSource, tokenizer: Tokenizer, block_size: int, mask_input: bool
+) -> Examples:
     """Read and tokenize a source, and set a tenth of its rows aside to test on.
 
     Which rows those are is decided by a hash of their places alone.
@@ -226,8 +228,9 @@ def load_examples(source: RowSource, block_size: int, mask_input: bool) -> Examp
             empty.append(place)
             continue
 
-        example = encode_turns(turns, block_size, mask_input)
-        if not has_answer(turns, example):
+        example = encode_turns(turns, tokenizer, block_size, mask_input)
+        prompt = turns[0].prompt
+        if example.is_cut and len(example.tokens) <= len(tokenizer.encode(prompt)):
             unanswered.append(place)
             continue
 
@@ -259,11 +262,6 @@ def load_examples(source: RowSource, block_size: int, mask_input: bool) -> Examp
         notes,
         without_surrogates(introductions.most_common(1)[0][0]),
     )
-
-
-def has_answer(turns: list[Turn], example: Example) -> bool:
-    """Tell whether a token of an answer is left in an example that may have been cut."""
-    return not example.is_cut or len(example.tokens) > len(encode(turns[0].prompt))
 
 
 def share_of(place: str) -> float:

@@ -11,13 +11,12 @@ import sysconfig
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from text.errors import DataError, reported_errors
+from text.errors import DataError, reported_errors, without_surrogates
 from text.hub import HubDataset
 from text.local_files import Listing, LocalFile, is_file_name, kind_of, kind_of_name
 from text.readers import MAX_DOCUMENT, MIN_PIECE, NoTextError, check_table
 from text.splits import TEST_SHARES, place_hash
-from text.token_files import find_name
-from text.tokenizer import without_surrogates
+from text.token_files import sidecars
 
 NOT_MODULES = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
@@ -236,7 +235,8 @@ def open_logs() -> list[os.stat_result]:
 
 def has_tokens(source: TextFiles, folder: Path) -> bool:
     with contextlib.suppress(OSError, ValueError, RuntimeError):
-        return (folder / f"{find_name(folder, source.name, source.description)}.json").exists()
+        description = source.description
+        return any(sidecar["source"] == description for _, sidecar in sidecars(folder))
 
     return False
 

@@ -2,6 +2,7 @@
 
 NAME-train.bin and NAME-test.bin hold token ids (uint16, little-endian, no header), end-of-text
 behind every document. NAME.json describes both and is written last; without it there is no dataset.
+NAME is that of the source; with a vocabulary of your own that vocabulary's stands behind it.
 """
 
 import contextlib
@@ -15,35 +16,46 @@ import numpy as np
 
 from system.files import write_whole
 from text.errors import DataError
-from text.tokenizer import ENCODING, TOKEN_TYPE, VOCABULARY_SIZE
+from text.tokenizer import GPT2, OWN_ENCODING, TOKEN_TYPE, Tokenizer
 
 FORMAT_VERSION = 2
 SPLITS = ("train", "test")
 # The names of what lies in a folder of token files, also while they are made.
 NAMES = (
-    r"(stdlib|openwebtext|.+--.+|.+-[0-9a-f]{8})"
+    rf"(stdlib|openwebtext|.+--.+|.+-[0-9a-f]{{8}})(\.{OWN_ENCODING})?"
     r"(-(train|test)\.bin|\.(json|verified|lock|parts|finished))(\..+)?"
 )
 
 
 @dataclass(frozen=True)
 class TokenDataset:
-    """The token files of one source, mapped into memory: uint16 arrays of token ids."""
+    """The token files of one source, mapped into memory.
+
+    Args:
+        name: of the source.
+        train, test: token ids, uint16 (tokens).
+        fingerprint: the checksum of the tokens to train on.
+        tokenizer: the one that made them.
+    """
 
     name: str
     train: np.ndarray
     test: np.ndarray
     fingerprint: str
+    tokenizer: Tokenizer
 
 
-def open_dataset(folder: Path, name: str) -> TokenDataset:
+def open_dataset(folder: Path, name: str, tokenizer: Tokenizer) -> TokenDataset:
     """Map the token files of a source into memory, once they are checked.
+
+    Args:
+        name: of the files.
 
     Raises:
         DataError: when they do not match what is written about them.
     """
-    sidecar = read_sidecar(folder / f"{name}.json")
-    verify(folder, name, sidecar)
+    sidecar = read_sidecar(folder / f"{name}.json", tokenizer.encoding)
+    verify(folder, name, sidecar, tokenizer)
     train, test = (
         # An empty file cannot be mapped.
         np.memmap(token_path(folder, name, split), dtype=TOKEN_TYPE, mode="r")
@@ -51,15 +63,25 @@ def open_dataset(folder: Path, name: str) -> TokenDataset:
         else np.empty(0, dtype=TOKEN_TYPE)
         for split in SPLITS
     )
-    return TokenDataset(name, train, test, sidecar["train"]["sha256"])
+    source = name.removesuffix(f".{tokenizer.encoding}")
+    return TokenDataset(source, train, test, sidecar["train"]["sha256"], tokenizer)
+
+
+def files_name(source: str, encoding: str) -> str:
+    """Return the name of the token files of a source."""
+    return source if encoding == GPT2 else f"{source}.{encoding}"
 
 
 def token_path(folder: Path, name: str, split: str) -> Path:
     return folder / f"{name}-{split}.bin"
 
 
-def read_sidecar(path: Path) -> dict:
-    """Read what is known about a pair of token files, and refuse what this code cannot use."""
+def read_sidecar(path: Path, wanted: str | None = None) -> dict:
+    """Read what is known about a pair of token files, and refuse what this code cannot use.
+
+    Args:
+        wanted: the encoding that they need to have; None for any.
+    """
     remedy = f"delete {path} to have the dataset prepared again"
     try:
         sidecar = json.loads(path.read_text())
@@ -74,30 +96,24 @@ def read_sidecar(path: Path) -> dict:
     if version != FORMAT_VERSION:
         raise DataError(f"{path} has format {version}, format {FORMAT_VERSION} is read; {remedy}.")
 
-    if encoding != ENCODING:
-        raise DataError(f"{path} was tokenized by {encoding}, {ENCODING} is needed; {remedy}.")
+    if encoding != (wanted or encoding):
+        raise DataError(f"{path} was tokenized by {encoding}, {wanted} is needed; {remedy}.")
 
     return sidecar
 
 
-def find_name(folder: Path, name: str, description: str) -> str:
-    """Return the name that the token files of a text have: its own, or that of an earlier place."""
-    if not (folder / f"{name}.json").exists():
-        for other, sidecar in sidecars(folder):
-            if sidecar["source"] == description:
-                return other
+def sidecars(folder: Path, encoding: str | None = None) -> Iterator[tuple[str, dict]]:
+    """Yield the sidecars of a folder by their names, and pass over what is none.
 
-    return name
-
-
-def sidecars(folder: Path) -> Iterator[tuple[str, dict]]:
-    """Yield all sidecars of a folder by their names, and pass over what is none."""
+    Args:
+        encoding: that of the sidecars to yield; None yields all.
+    """
     for path in sorted(folder.glob("*.json")):
         with contextlib.suppress(DataError, OSError):
-            yield path.stem, read_sidecar(path)
+            yield path.stem, read_sidecar(path, encoding)
 
 
-def verify(folder: Path, name: str, sidecar: dict) -> None:
+def verify(folder: Path, name: str, sidecar: dict, tokenizer: Tokenizer) -> None:
     """Compare token files with their sidecar: sizes always, contents once and after each change.
 
     Raises:
@@ -115,9 +131,10 @@ def verify(folder: Path, name: str, sidecar: dict) -> None:
         if digest != sidecar[split]["sha256"]:
             raise DataError(f"{path} is damaged; delete {name}.json to have it prepared again.")
 
-        if largest >= VOCABULARY_SIZE:
+        if largest > tokenizer.end_of_text:
             raise DataError(
-                f"{path} holds token id {largest}, {ENCODING} ends at {VOCABULARY_SIZE - 1}."
+                f"{path} holds token id {largest}, {tokenizer.encoding} ends at"
+                f" {tokenizer.end_of_text}."
             )
 
     # Files on a disk that cannot be written to are read through every time.

@@ -1,263 +1,236 @@
-"""The tokenizer of GPT-2, from the ranks that this repository carries."""
+"""Turns text into token ids and back, by GPT-2's vocabulary or by one of your own.
+
+Both are byte-level BPE: a pattern cuts text into pieces, and within a piece the pair of tokens
+whose union has the lowest rank is merged first (Sennrich et al. 2016). End-of-text has the last id.
+"""
 
 import base64
+import binascii
 import functools
 import hashlib
-import itertools
-from collections.abc import Iterable, Sequence
+import re
+import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 import tiktoken
 
-from text.errors import DataError
+from text.errors import DataError, without_surrogates
 
-ENCODING = "r50k_base"
-VOCABULARY_SIZE = 50257
-END_OF_TEXT = 50256
 TOKEN_TYPE = np.dtype("<u2")
 
+# GPT-2's vocabulary, and its size with end-of-text.
+GPT2 = "r50k_base"
+GPT2_SIZE = 50257
 RANKS_PATH = Path(__file__).parent.parent / "assets" / "r50k_base.tiktoken"
 RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 
-# Pieces of text within which bytes are merged (Radford et al. 2019, as tiktoken writes it).
+# A vocabulary of your own has at least every byte and end-of-text, and ids of 16 bits.
+MIN_SIZE, MAX_SIZE = 257, 65_536
+# The encoding of such a vocabulary: its size, and a digest of its ranks.
+OWN_ENCODING = r"bpe-(\d+)-[0-9a-f]{12}"
+
+# GPT-2's pattern (Radford et al. 2019), as tiktoken writes it; gigatoken calls it r50k.
 PIECES = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+# The pattern of cl100k_base, for vocabularies of your own: indentation is one piece, and line ends
+# go with the punctuation in front of them. gigatoken calls it gpt4.
+OWN_PIECES = (
+    r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"""
+    r"""|\s++$|\s*[\r\n]|\s+(?!\S)|\s"""
+)
 
 
-# Kinds of characters, as PIECES tells them apart.
-SPACE, LETTER, NUMBER, OTHER, END, UNKNOWN = range(6)
-KIND_PATTERNS = {SPACE: r"\s", LETTER: r"\p{L}", NUMBER: r"\p{N}"}
-# No character of Unicode: the end of a document.
-END_POINT = 0x110000
+class Tokenizer:
+    """A byte-level BPE tokenizer.
 
-# More than so many characters are left to tiktoken, which is slower but takes less memory.
-MAX_CHARACTERS = 1 << 23
-# How many pieces are remembered with their tokens, and of how many characters at most.
-MAX_KNOWN_PIECES = 1 << 18
-MAX_KNOWN_PIECE = 24
+    Args:
+        ranks: the tokens but end-of-text, a line each: the bytes in base 64, a space, the rank.
+
+    Attributes:
+        encoding: the name of the vocabulary; token files and checkpoints are told apart by it.
+        vocabulary_size: the number of tokens, end-of-text included.
+        end_of_text: the id of the token behind every document, the last one.
+
+    Raises:
+        DataError: when the ranks are not those of a vocabulary.
+    """
+
+    def __init__(self, ranks: str):
+        self.ranks = ranks
+        self.tokens = parse_ranks(ranks)
+        digest = hashlib.sha256(ranks.encode()).hexdigest()
+        self.end_of_text = len(self.tokens)
+        self.vocabulary_size = len(self.tokens) + 1
+        self.is_own = digest != RANKS_SHA256
+        self.encoding = f"bpe-{self.vocabulary_size}-{digest[:12]}" if self.is_own else GPT2
+        self.pattern = OWN_PIECES if self.is_own else PIECES
+
+    def __reduce__(self):
+        return Tokenizer, (self.ranks,)
+
+    @functools.cached_property
+    def tiktoken(self) -> tiktoken.Encoding:
+        return tiktoken.Encoding(
+            self.encoding,
+            pat_str=self.pattern,
+            mergeable_ranks=self.tokens,
+            special_tokens={"<|endoftext|>": self.end_of_text},
+        )
+
+    @functools.cached_property
+    def gigatoken(self):
+        """The same tokenizer in gigatoken, many times as fast; None where it is not installed."""
+        try:
+            import gigatoken
+        except ImportError:
+            return None
+
+        # It reads nothing but files.
+        with tempfile.NamedTemporaryFile("w") as file:
+            file.write(self.ranks)
+            file.flush()
+            scheme = "gpt4" if self.is_own else "r50k"
+            return gigatoken.Tokenizer.from_tiktoken(file.name, scheme, {})
+
+    @functools.cached_property
+    def token_sizes(self) -> np.ndarray:
+        """How many bytes of text each token stands for, int64 (V); end-of-text for none."""
+        return np.array([*map(len, sorted(self.tokens, key=self.tokens.__getitem__)), 0])
+
+    def encode(self, text: str) -> np.ndarray:
+        """Tokenize text as it stands: a literal <|endoftext|> in it is text like any other.
+
+        Returns:
+            Token ids, uint16 (T).
+        """
+        try:
+            tokens = self.tiktoken.encode_to_numpy(text, disallowed_special=())
+        except UnicodeEncodeError:
+            return self.encode(without_surrogates(text))
+        except ValueError:
+            return self.encode_pieces(text)
+
+        return tokens.astype(TOKEN_TYPE)
+
+    def encode_pieces(self, text: str) -> np.ndarray:
+        """Tokenize text whose pieces tiktoken fails to find, as behind half a million blanks."""
+        import regex
+
+        # As in tiktoken, \s is exactly what Unicode calls white space.
+        pattern = self.pattern.replace(r"[^\s", r"[^\p{White_Space}")
+        pattern = re.sub(r"\\s", r"\\p{White_Space}", pattern).replace(r"\S", r"\P{White_Space}")
+        pieces = regex.findall(pattern, text, regex.V1)
+        tokens = [self.tiktoken._encode_single_piece(piece) for piece in pieces]
+        return np.concatenate(tokens).astype(TOKEN_TYPE)
+
+    def encode_documents(self, texts) -> list[np.ndarray]:
+        """Tokenize documents by gigatoken, or by tiktoken where there is none.
+
+        Args:
+            texts: pyarrow.LargeStringArray without nulls.
+
+        Returns:
+            The token ids of each document, uint16 (T), without end-of-text.
+        """
+        if self.gigatoken is None:
+            return [self.encode(text) for text in texts.to_pylist()]
+
+        import awkward
+
+        counts, tokens = awkward.num, awkward.flatten
+        ragged = self.gigatoken.encode_batch(as_awkward(texts), parallel=False)
+        ends = np.cumsum(np.asarray(counts(ragged)))
+        return np.split(np.asarray(tokens(ragged)).astype(TOKEN_TYPE), ends[:-1])
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """Turn token ids back into text; bytes that are no character become U+FFFD."""
+        return self.tiktoken.decode([int(token) for token in tokens])
+
+    def decode_bytes(self, token: int) -> bytes:
+        """Return the bytes that a token stands for, which may be a part of a character."""
+        return self.tiktoken.decode_single_token_bytes(token)
+
+
+def parse_ranks(ranks: str) -> dict[bytes, int]:
+    """Return the tokens with their ranks.
+
+    Raises:
+        DataError: unless every byte is a token, and the ranks are 0, 1, 2 and so on.
+    """
+    try:
+        pairs = map(str.split, ranks.splitlines())
+        tokens = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+    except (ValueError, binascii.Error) as error:
+        raise DataError("the vocabulary is damaged: not a token and a rank a line") from error
+
+    is_whole = len(tokens) == ranks.count("\n") and [*tokens.values()] == [*range(len(tokens))]
+    if not is_whole or not all(bytes([value]) in tokens for value in range(256)):
+        raise DataError("the vocabulary is damaged: tokens are missing")
+
+    if len(tokens) >= MAX_SIZE:
+        raise DataError(f"the vocabulary has {len(tokens) + 1:,} tokens, {MAX_SIZE:,} at most fit")
+
+    return tokens
+
+
+def format_ranks(tokens: Mapping[bytes, int]) -> str:
+    """Return tokens and their ranks as Tokenizer reads them."""
+    ordered = sorted(tokens, key=tokens.__getitem__)
+    return "".join(f"{base64.b64encode(t).decode()} {rank}\n" for rank, t in enumerate(ordered))
 
 
 @functools.cache
-def load_encoding() -> tiktoken.Encoding:
+def gpt2_tokenizer() -> Tokenizer:
     """Load the tokenizer of GPT-2 from the ranks that this repository carries; nothing is fetched.
 
     Raises:
         DataError: when the file of ranks is missing or is not the published one.
     """
-    return tiktoken.Encoding(
-        ENCODING,
-        explicit_n_vocab=VOCABULARY_SIZE,
-        pat_str=PIECES,
-        mergeable_ranks=read_ranks(),
-        special_tokens={"<|endoftext|>": END_OF_TEXT},
-    )
-
-
-def read_ranks() -> dict[bytes, int]:
-    """Read the tokens with their ranks.
-
-    tiktoken's own reader copies the file into its cache folder, and fails where that is read-only.
-
-    Raises:
-        DataError: as load_encoding.
-    """
     content = RANKS_PATH.read_bytes() if RANKS_PATH.is_file() else b""
     if hashlib.sha256(content).hexdigest() != RANKS_SHA256:
         raise DataError(f"{RANKS_PATH} is missing or damaged; restore it with git.")
 
-    pairs = map(bytes.split, content.splitlines())
-    return {base64.b64decode(token): int(rank) for token, rank in pairs}
+    return Tokenizer(content.decode())
 
 
-@functools.cache
-def token_sizes() -> np.ndarray:
-    """Return how many bytes of text each token stands for, int64 (V); end-of-text for none."""
-    decode = load_encoding().decode_single_token_bytes
-    sizes = [len(decode(token)) for token in range(VOCABULARY_SIZE)]
-    sizes[END_OF_TEXT] = 0
-    return np.array(sizes, dtype=np.int64)
-
-
-def encode(text: str) -> np.ndarray:
-    """Tokenize text as it stands: a literal <|endoftext|> in it is text like any other.
-
-    Returns:
-        Token ids, uint16 (T).
-    """
-    try:
-        tokens = load_encoding().encode_to_numpy(text, disallowed_special=())
-    except UnicodeEncodeError:
-        return encode(without_surrogates(text))
-    except ValueError:
-        # Its pattern fails on half a million blanks in a row; ours does not.
-        return encode_documents([text])[:-1]
-
-    return tokens.astype(TOKEN_TYPE)
-
-
-def decode(tokens: Iterable[int]) -> str:
-    """Turn token ids back into text; bytes that are no character become U+FFFD."""
-    return load_encoding().decode([int(token) for token in tokens])
-
-
-def encode_documents(texts: Sequence[str]) -> np.ndarray:
-    """Tokenize documents that are not empty, each followed by end-of-text; the ids are encode's.
-
-    tiktoken cuts text into pieces one by one and looks each of them up. Here the cuts are found by
-    arithmetic on all characters at once, and only the distinct pieces, one in fifteen or less, are
-    given to tiktoken: three times as fast.
-
-    Returns:
-        Token ids, uint16 (tokens of all documents).
-    """
-    import pyarrow
-
-    text = "".join(texts)
-    if len(text) > MAX_CHARACTERS:
-        ended = [part for text in texts for part in (encode(text), [END_OF_TEXT])]
-        return np.concatenate(ended).astype(TOKEN_TYPE)
-
-    try:
-        content = text.encode()
-    except UnicodeEncodeError:
-        return encode_documents([without_surrogates(text) for text in texts])
-
-    points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
-    points = np.insert(points, np.cumsum([len(text) for text in texts]), END_POINT)  # (characters)
-    starts = np.flatnonzero(piece_starts(points))  # (pieces)
-    offsets = np.append(byte_offsets(points, starts), len(content)).astype(np.int32)
-    buffers = pyarrow.py_buffer(offsets), pyarrow.py_buffer(content)
-    pieces = pyarrow.StringArray.from_buffers(len(starts), *buffers).dictionary_encode()
-
-    # One after the other, the tokens of distinct pieces; then where those of each piece are.
-    distinct = tokens_of_pieces(pieces.dictionary.to_pylist())
-    tokens = np.fromiter(itertools.chain.from_iterable(distinct), TOKEN_TYPE)
-    lengths = np.fromiter(map(len, distinct), np.int32, len(distinct))
-    firsts = np.cumsum(lengths, dtype=np.int32) - lengths
-
-    numbers = pieces.indices.to_numpy()  # (pieces)
-    lengths, firsts = lengths[numbers], firsts[numbers]
-    ends = np.cumsum(lengths, dtype=np.int32)
-    places = np.repeat(firsts - ends + lengths, lengths)  # (tokens)
-    places += np.arange(len(places), dtype=np.int32)
-    return tokens[places]
-
-
-def piece_starts(points: np.ndarray) -> np.ndarray:
-    """Tell at which characters the pieces of PIECES begin; the end of a document is one too.
+def load_tokenizer(encoding: object, ranks: object) -> Tokenizer:
+    """Return the tokenizer of a checkpoint.
 
     Args:
-        points: code points, and END_POINT behind every document, uint32 (characters).
+        encoding: its name there.
+        ranks: what it carries of its vocabulary; None for GPT-2's.
 
-    Returns:
-        bool (characters).
+    Raises:
+        DataError: when the two do not belong together, or the name is none of this project.
     """
-    kinds = character_kinds(points)
-    is_space = kinds == SPACE
-    is_end = kinds == END
+    if encoding == GPT2:
+        return gpt2_tokenizer()
 
-    # A piece is a row of one kind. A blank in front of a row belongs to it.
-    starts = np.ones(len(points), dtype=bool)
-    starts[1:] = (kinds[1:] != kinds[:-1]) & (points[:-1] != ord(" "))
-    # So the last of several spaces is apart from the others, unless nothing comes behind.
-    starts[:-1] |= is_space[:-1] & ~is_space[1:] & ~is_end[1:]
-    starts |= is_end
+    if not isinstance(encoding, str) or not re.fullmatch(OWN_ENCODING, encoding):
+        raise DataError(f"its vocabulary is {encoding}, {GPT2} or one of this project is needed")
 
-    # An apostrophe that begins a piece takes the letters of a contraction, and only these.
-    quotes = np.flatnonzero((points == ord("'")) & starts)
-    first, second = points[quotes + 1], points[np.minimum(quotes + 2, len(points) - 1)]
-    is_long = np.zeros(len(quotes), dtype=bool)
-    for letters in ("ll", "ve", "re"):
-        is_long |= (first == ord(letters[0])) & (second == ord(letters[1]))
+    if not isinstance(ranks, str):
+        raise DataError(f"its vocabulary, {encoding}, is missing")
 
-    is_short = np.isin(first, [ord(letter) for letter in "sdmt"])
-    starts[quotes[is_short | is_long] + 1] = False
-    starts[quotes[is_short] + 2] = True
-    starts[quotes[is_long] + 3] = True
-    return starts
+    tokenizer = Tokenizer(ranks)
+    if tokenizer.encoding != encoding:
+        raise DataError("the vocabulary is damaged: its digest is another one")
+
+    return tokenizer
 
 
-def character_kinds(points: np.ndarray) -> np.ndarray:
-    """Return the kinds of characters, uint8, as tiktoken's own patterns see them."""
-    table = known_kinds()
-    kinds = table.take(points, mode="clip")
-    if (kinds == UNKNOWN).any():
-        unknown = np.unique(points[kinds == UNKNOWN])
-        text = "".join(map(chr, unknown.tolist()))
-        table[unknown] = OTHER
-        for kind, encoding in kind_encodings().items():
-            # Of a text, an encoding whose only pieces are letters keeps the letters.
-            found = encoding.decode(encoding.encode_ordinary(text))
-            table[[ord(character) for character in found]] = kind
+def as_awkward(texts):
+    """Hand the buffers of a pyarrow.LargeStringArray over to awkward, without a copy."""
+    from awkward import Array, contents, index
 
-        kinds = table.take(points)
-
-    return kinds
-
-
-@functools.cache
-def known_kinds() -> np.ndarray:
-    """Return the table of kinds by code point, which fills up as characters are met."""
-    table = np.full(END_POINT + 1, UNKNOWN, dtype=np.uint8)
-    table[END_POINT] = END
-    return table
-
-
-@functools.cache
-def kind_encodings() -> dict[int, tiktoken.Encoding]:
-    ranks = {bytes([value]): value for value in range(256)}
-    return {
-        kind: tiktoken.Encoding(
-            f"kind {kind}", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
+    _, offsets, content = texts.buffers()
+    places = np.frombuffer(offsets, np.int64, len(texts) + 1, 8 * texts.offset)
+    characters = np.frombuffer(content, np.uint8) if content else np.empty(0, np.uint8)
+    return Array(
+        contents.ListOffsetArray(
+            index.Index64(places),
+            contents.NumpyArray(characters, parameters={"__array__": "char"}),
+            parameters={"__array__": "string"},
         )
-        for kind, pattern in KIND_PATTERNS.items()
-    }
-
-
-def byte_offsets(points: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """Return where characters begin in UTF-8, in which the ends of documents have no bytes.
-
-    Args:
-        places: of the characters, in rising order.
-    """
-    wide = np.flatnonzero(points >= 0x80)
-    found = points[wide]
-    excess = 1 + (found >= 0x800).astype(np.int64) + (found >= 0x10000)
-    excess[found == END_POINT] = -1
-    sums = np.concatenate([[0], np.cumsum(excess)])
-    return places + sums[np.searchsorted(wide, places)]
-
-
-def tokens_of_pieces(pieces: list[str]) -> list[Sequence[int]]:
-    """Return the tokens of each piece; the empty one is the end of a document."""
-    known = known_pieces()
-    if len(known) > MAX_KNOWN_PIECES:
-        known.clear()
-
-    return [known.get(piece) or learn(piece) for piece in pieces]
-
-
-def learn(piece: str) -> Sequence[int]:
-    if not piece:
-        return (END_OF_TEXT,)
-
-    try:
-        tokens = tuple(load_encoding().encode_ordinary(piece))
-    except ValueError:
-        tokens = tuple(load_encoding()._encode_single_piece(piece))
-
-    # Long pieces seldom come again.
-    if len(piece) <= MAX_KNOWN_PIECE:
-        known_pieces()[piece] = tokens
-
-    return tokens
-
-
-@functools.cache
-def known_pieces() -> dict[str, Sequence[int]]:
-    return {}
-
-
-def without_surrogates(text: str) -> str:
-    """Replace lone surrogates, which UTF-8 cannot express, by question marks."""
-    return text.encode("utf-8", errors="replace").decode("utf-8")
+    )

@@ -17,13 +17,19 @@ from tqdm import tqdm
 from text.errors import DataError
 
 
+class Worker:
+    """What a process that works was started with."""
+
+    work: Callable[[Any], dict]
+
+
 def in_order(
     work: Callable[[Any], dict], units: Iterable, done: dict[str, dict], num_workers: int
 ) -> Generator[tuple[Any, dict], None, None]:
     """Yield each unit with its result, in order.
 
     Args:
-        work: makes the result of a unit; with several workers it has to be picklable.
+        work: makes the result of a unit; several workers get a pickle of it each, once.
         units: what is to be done; each has a `key`. The next ones are asked for as results come.
         done: results that exist, by the keys of their units.
 
@@ -43,10 +49,10 @@ def in_order(
         return unit, result.result() if isinstance(result, Future) else result
 
     try:
-        with worker_processes(num_workers) as pool:
+        with worker_processes(num_workers, work) as pool:
             for unit in units:
                 with blocked_interrupts():
-                    pending.append((unit, done.get(unit.key) or pool.submit(work, unit)))
+                    pending.append((unit, done.get(unit.key) or pool.submit(do_unit, unit)))
 
                 if len(pending) == 3 * num_workers:
                     yield next_result()
@@ -73,7 +79,7 @@ def can_share_locks() -> bool:
 
 
 @contextlib.contextmanager
-def worker_processes(number: int) -> Iterator[ProcessPoolExecutor]:
+def worker_processes(number: int, work: Callable[[Any], dict]) -> Iterator[ProcessPoolExecutor]:
     """Start processes that end when this one ends, even by a kill, or gives up the work."""
     context = multiprocessing.get_context("spawn")
     lifeline, held = context.Pipe(duplex=False)
@@ -81,7 +87,7 @@ def worker_processes(number: int) -> Iterator[ProcessPoolExecutor]:
         lifeline,
         held,
         ProcessPoolExecutor(
-            number, mp_context=context, initializer=hold_lifeline, initargs=(lifeline,)
+            number, mp_context=context, initializer=start_worker, initargs=(lifeline, work)
         ) as pool,
     ):
         try:
@@ -102,8 +108,9 @@ def blocked_interrupts() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def hold_lifeline(lifeline) -> None:
-    """End this process at once when the other end of a pipe is closed, even by a kill."""
+def start_worker(lifeline, work: Callable[[Any], dict]) -> None:
+    """Keep the work of this process, and end it when the lifeline is closed, even by a kill."""
+    Worker.work = work
 
     # The lock that tqdm makes by default would be reported as leaked by a process that ends so.
     tqdm.set_lock(threading.RLock())
@@ -115,3 +122,7 @@ def hold_lifeline(lifeline) -> None:
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+def do_unit(unit) -> dict:
+    return Worker.work(unit)

@@ -236,6 +236,12 @@ def seed_int(value: str) -> int:
     )
 
 
+def vocabulary_int(value: str) -> int:
+    return parse_number(
+        int, value, lambda number: 257 <= number <= 65536, "a whole number from 257 to 65536"
+    )
+
+
 def positive_float(value: str) -> float:
     return parse_number(float, value, lambda number: 0 < number < math.inf, "a number above 0")
 

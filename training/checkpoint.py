@@ -22,7 +22,8 @@ from model import GPT
 from system.files import duplicate, replaced, sync, temporary_path
 from system.locks import PATIENCE, Lock
 from system.memory import available_memory, num_bytes
-from text.tokenizer import ENCODING
+from text.errors import DataError
+from text.tokenizer import Tokenizer, load_tokenizer
 from training.lora import merge_lora
 
 FORMAT_VERSION = 1
@@ -273,11 +274,8 @@ def build_model(state: dict, path: Path) -> GPT:
         state: what load_checkpoint has read from path.
 
     Raises:
-        CheckpointError: when it belongs to another tokenizer, or describes no valid model.
+        CheckpointError: when it describes no valid model.
     """
-    if state["encoding"] != ENCODING:
-        raise CheckpointError(f"{path} was trained on {state['encoding']}, {ENCODING} is needed.")
-
     try:
         # On the meta device no weights are drawn, as the next line replaces them.
         with torch.device("meta"):
@@ -293,10 +291,50 @@ def build_model(state: dict, path: Path) -> GPT:
     return model
 
 
+def read_tokenizer(state: dict, path: Path) -> Tokenizer:
+    """Return the tokenizer of a checkpoint, which carries a vocabulary other than GPT-2's.
+
+    Args:
+        state: what load_checkpoint has read from path.
+
+    Raises:
+        CheckpointError: when it is damaged, or not that of the model.
+    """
+    try:
+        tokenizer = load_tokenizer(state["encoding"], state.get("vocabulary"))
+    except DataError as error:
+        raise CheckpointError(f"{path}: {error}.") from error
+
+    size = state["model_args"].get("vocabulary_size")
+    if size != tokenizer.vocabulary_size:
+        raise CheckpointError(
+            f"{path} has {size} tokens, the {tokenizer.vocabulary_size} of {tokenizer.encoding} are"
+            " needed."
+        )
+
+    return tokenizer
+
+
+def vocabulary_state(tokenizer: Tokenizer) -> dict:
+    """Return the entries of a checkpoint that read_tokenizer needs."""
+    vocabulary = {"vocabulary": tokenizer.ranks} if tokenizer.is_own else {}
+    return {"encoding": tokenizer.encoding, **vocabulary}
+
+
 def load_model(path: str | PathLike) -> GPT:
-    """Read the network of a checkpoint, as load_checkpoint and build_model do."""
+    """Read the network of a checkpoint."""
+    return load_model_and_tokenizer(path)[0]
+
+
+def load_model_and_tokenizer(path: str | PathLike) -> tuple[GPT, Tokenizer]:
+    """Read the network of a checkpoint, and its tokenizer.
+
+    Raises:
+        CheckpointError: as load_checkpoint, build_model and read_tokenizer.
+    """
     path = Path(path)
-    return build_model(load_checkpoint(path, MODEL_KEYS), path)
+    state = load_checkpoint(path, MODEL_KEYS)
+    return build_model(state, path), read_tokenizer(state, path)
 
 
 def check_finite(weights: dict[str, Tensor], path: Path) -> None:

@@ -48,7 +48,7 @@ def report_losses(
             batches = itertools.chain(*(part.batches(batch_size) for part in parts))
             loss = trainer.evaluate(batches)
             num_tokens = sum(part.num_targets for part in parts)
-            num_bytes = sum(part.num_bytes for part in parts)
+            num_bytes = sum(part.num_bytes(dataset.tokenizer.token_sizes) for part in parts)
             bits = loss * num_tokens / num_bytes / math.log(2)
 
             print(

@@ -1,52 +1,53 @@
 """Chooses the sizes and the first weights of a model: from flags, or from a checkpoint."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
 
 from model import GPT
-from text.tokenizer import VOCABULARY_SIZE
+from text.tokenizer import Tokenizer
 from training.arguments import Settings, UsageError
-from training.checkpoint import MODEL_KEYS, CheckpointError, build_model, load_checkpoint
-
-SIZES = ("block_size", "embedding_dimensions", "num_attention_heads", "num_hidden_layers")
+from training.checkpoint import MODEL_KEYS, build_model, load_checkpoint, read_tokenizer
+from training.recipe import SIZES
 
 
 def load_initial_weights(
     settings: Settings, checkpoint: dict
-) -> tuple[Settings, dict[str, Tensor]]:
+) -> tuple[Settings, dict[str, Tensor], Tokenizer | None]:
     """Choose the sizes of the model, and read the weights of --initial_checkpoint if it is given.
 
     Args:
         checkpoint: the checkpoint of a resumed run; empty for a new run.
 
     Returns:
-        The settings, and the weights of --initial_checkpoint by name, empty without one.
+        The settings, the weights of --initial_checkpoint by name, empty without one, and the
+        tokenizer of the checkpoint, if there is one.
 
     Raises:
         CheckpointError: when they cannot be read.
         UsageError: when other sizes were given.
     """
-    if checkpoint and settings.initial_checkpoint:
-        path = Path(settings.checkpoint_path)
-        return adopt_sizes(settings, checkpoint["model_args"], path), {}
-
     if checkpoint:
-        return settings.replace(bias=checkpoint["model_args"]["bias"]), {}
+        path = Path(settings.checkpoint_path)
+        # All sizes are those of --initial_checkpoint; otherwise the flags have to fit.
+        names = SIZES if settings.initial_checkpoint else ("vocabulary_size",)
+        settings = adopt_sizes(settings, checkpoint["model_args"], path, names)
+        return settings, {}, read_tokenizer(checkpoint, path)
 
     if settings.initial_checkpoint:
-        settings, model = read_model(settings, Path(settings.initial_checkpoint))
+        settings, model, tokenizer = read_model(settings, Path(settings.initial_checkpoint))
         print(f"Start:  from the weights of {settings.initial_checkpoint}")
-        return settings, model.state_dict()
+        return settings, model.state_dict(), tokenizer
 
-    return settings.replace(bias=False), {}
+    return settings.replace(bias=False), {}, None
 
 
-def read_model(settings: Settings, path: Path) -> tuple[Settings, GPT]:
+def read_model(settings: Settings, path: Path) -> tuple[Settings, GPT, Tokenizer]:
     """Read the model of a checkpoint, for windows that may be shorter than its own.
 
     Returns:
-        The settings, in which sizes that were not given are its own, and the model.
+        The settings, in which sizes that were not given are its own, the model and its tokenizer.
 
     Raises:
         CheckpointError: when it cannot be read.
@@ -54,20 +55,18 @@ def read_model(settings: Settings, path: Path) -> tuple[Settings, GPT]:
     """
     state = load_checkpoint(path, MODEL_KEYS)
     model = build_model(state, path)
-    if model.vocabulary_size != VOCABULARY_SIZE:
-        raise CheckpointError(
-            f"{path} has {model.vocabulary_size} tokens, the {VOCABULARY_SIZE} of GPT-2 are needed."
-        )
-
+    tokenizer = read_tokenizer(state, path)
     settings = adopt_sizes(settings, state["model_args"], path)
     model.crop(settings.block_size)
-    return settings, model
+    return settings, model, tokenizer
 
 
-def adopt_sizes(settings: Settings, model_args: dict, path: Path) -> Settings:
-    """Return settings with the sizes of a model; raise UsageError where others were given."""
+def adopt_sizes(
+    settings: Settings, model_args: dict, path: Path, names: Sequence[str] = SIZES
+) -> Settings:
+    """Return settings with sizes of a model; raise UsageError where others were given."""
     sizes = {"bias": model_args.get("bias", False)}
-    for flag in SIZES:
+    for flag in names:
         size, wanted = model_args[flag], getattr(settings, flag)
         is_part = flag == "block_size" and wanted < size
         if flag in settings.given and wanted != size and not is_part:

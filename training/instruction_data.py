@@ -13,7 +13,6 @@ import torch
 from data import Batch
 from text.instructions import Example
 from text.rows import Examples
-from text.tokenizer import END_OF_TEXT
 
 # The target of a position without loss; the value that torch's cross entropy ignores.
 IGNORE_INDEX = -100
@@ -28,6 +27,7 @@ class InstructionData:
     Args:
         name: of the source.
         examples: of 2 to block_size + 1 tokens each.
+        padding_token: fills batches up; it is never a target.
         batches_per_update: micro-batches of batch_size examples.
     """
 
@@ -40,6 +40,7 @@ class InstructionData:
         batch_size: int,
         batches_per_update: int,
         block_size: int,
+        padding_token: int,
         seed: int,
     ):
         self.name = name
@@ -47,6 +48,7 @@ class InstructionData:
         self.batch_size = batch_size
         self.batches_per_update = batches_per_update
         self.block_size = block_size
+        self.padding_token = padding_token
         self.seed = seed
         self.lengths = np.array([len(example.tokens) for example in examples.train])
         self.batches_per_epoch = math.ceil(len(examples.train) / batch_size)
@@ -79,7 +81,7 @@ class InstructionData:
         """Return a micro-batch by its number, with IGNORE_INDEX where there is no target."""
         epoch, index = divmod(number, self.batches_per_epoch)
         examples = [self.examples.train[i] for i in self.plan(epoch)[index]]
-        return collate(examples, self.batch_size, self.block_size)
+        return self.collate(examples)
 
     @functools.lru_cache(maxsize=2)  # noqa: B019
     def plan(self, epoch: int) -> list[np.ndarray]:
@@ -98,7 +100,7 @@ class InstructionData:
         """Return the examples to test on, from the longest to the shortest."""
         ordered = sorted(self.examples.test, key=lambda example: -len(example.tokens))
         parts = in_parts(ordered, self.batch_size)
-        return {self.name: (collate(part, self.batch_size, self.block_size) for part in parts)}
+        return {self.name: map(self.collate, parts)}
 
     def mean_loss(self, losses: dict[str, float]) -> float:
         return losses[self.name]
@@ -109,13 +111,18 @@ class InstructionData:
         sizes = [self.batch(number)[0].numel() for number in range(self.batches_per_epoch)]
         return 1 - float((self.lengths - 1).sum()) / sum(sizes)
 
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        return collate(examples, self.batch_size, self.block_size, self.padding_token)
+
 
 def in_parts(values, size: int) -> Iterator:
     for first in range(0, len(values), size):
         yield values[first : first + size]
 
 
-def collate(examples: Sequence[Example], batch_size: int, block_size: int) -> Batch:
+def collate(
+    examples: Sequence[Example], batch_size: int, block_size: int, padding_token: int
+) -> Batch:
     """Put examples into one batch, padded at the right, and filled up with empty rows.
 
     Returns:
@@ -124,7 +131,7 @@ def collate(examples: Sequence[Example], batch_size: int, block_size: int) -> Ba
     """
     longest = max(len(example.tokens) for example in examples) - 1
     length = min(math.ceil(longest / 8) * 8, block_size)
-    x = np.full((batch_size, length), END_OF_TEXT, dtype=np.int64)
+    x = np.full((batch_size, length), padding_token, dtype=np.int64)
     y = np.full((batch_size, length), IGNORE_INDEX, dtype=np.int64)
     for row, (tokens, is_target, _) in enumerate(examples):
         num_tokens = len(tokens) - 1

@@ -1,14 +1,20 @@
 """Derives the numbers of a pre-training run from its flags: updates, tokens, the schedule."""
 
-from text.tokenizer import VOCABULARY_SIZE
 from training.arguments import Settings
 from training.optimizers import Schedule
+
+SIZES = (
+    "vocabulary_size",
+    "block_size",
+    "embedding_dimensions",
+    "num_attention_heads",
+    "num_hidden_layers",
+)
 
 
 def model_args(settings: Settings) -> dict:
     """Return what decides the shapes of the weights, by the names of GPT's arguments."""
-    sizes = ("block_size", "embedding_dimensions", "num_attention_heads", "num_hidden_layers")
-    return {"vocabulary_size": VOCABULARY_SIZE, **settings.select((*sizes, "bias"))}
+    return settings.select((*SIZES, "bias"))
 
 
 def samples_per_update(settings: Settings) -> int:

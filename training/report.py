@@ -5,7 +5,6 @@ from argparse import ArgumentParser
 from pathlib import Path
 
 from data import Corpus
-from text.tokenizer import VOCABULARY_SIZE
 from training.arguments import Settings, command
 from training.instruction_data import InstructionData
 from training.metrics import picture_path
@@ -91,12 +90,12 @@ def describe_resume(trainer: Trainer) -> None:
 
 def conclude_pre_training(settings: Settings, trainer: Trainer, parser: ArgumentParser) -> None:
     """Say what was learned, and which commands come next."""
-    row = trainer.metrics[-1]
+    row, size = trainer.metrics[-1], settings.vocabulary_size
 
     print(
         f"Done:   {row['tokens']:,} tokens in {row['seconds'] / 60:.1f} minutes. Test loss"
-        f" {row['test_loss']:.3f} nats a token (chance: {math.log(VOCABULARY_SIZE):.3f}),"
-        f" perplexity {row['perplexity']:,.0f} (chance: {VOCABULARY_SIZE:,})."
+        f" {row['test_loss']:.3f} nats a token (chance: {math.log(size):.3f}), perplexity"
+        f" {row['perplexity']:,.0f} (chance: {size:,})."
     )
     resume = [] if settings.resume and "resume" in settings.given else ["--resume"]
     flags = [*settings.argv, *resume, f"--num_epochs={2 * settings.num_epochs}"]

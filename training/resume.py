@@ -7,7 +7,6 @@ from pathlib import Path
 from data import TrainingData
 from system.devices import PRECISIONS, resolve_precision
 from system.distributed import World
-from text.tokenizer import ENCODING
 from training.arguments import Settings
 from training.checkpoint import CheckpointError, load_checkpoint
 from training.metrics import SOURCE_LOSS
@@ -88,13 +87,8 @@ def check_resumable(
     Raises:
         CheckpointError: with both values of every flag that may not differ.
     """
-    saved = {
-        **checkpoint["settings"],
-        **saved,
-        "encoding": checkpoint["encoding"],
-        "seed": checkpoint["seed"],
-    }
-    wanted = {**wanted, "encoding": ENCODING, "seed": settings.seed}
+    saved = {**checkpoint["settings"], **saved, "seed": checkpoint["seed"]}
+    wanted = {**wanted, "seed": settings.seed}
     changes = {
         name: f"{name} {saved[name]} (saved) and {value} (given)"
         for name, value in wanted.items()

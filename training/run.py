@@ -26,7 +26,6 @@ from data import TrainingData
 from system.distributed import World, unshard
 from system.memory import describe_shortage, is_out_of_memory
 from system.signals import Interrupted
-from text.tokenizer import ENCODING
 from training.arguments import Settings
 from training.checkpoint import FORMAT_VERSION, CheckpointError, CheckpointWriter
 from training.metrics import MetricsFile, describe_row, picture_path
@@ -191,7 +190,6 @@ class Run:
         """Gather the state of all processes; the first one writes it in the background."""
         state = {
             "format_version": FORMAT_VERSION,
-            "encoding": ENCODING,
             **self.metadata,
             **unshard(self.trainer.state_dict()),
         }

@@ -26,9 +26,9 @@ from safetensors.torch import load_file, save_file
 from tiktoken_ext import openai_public
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from vocabularies import END_OF_TEXT, GPT2_TOKENIZER
 
 from text.instructions import format_prompt, turns_of
-from text.tokenizer import END_OF_TEXT, load_encoding
 from training.checkpoint import (
     fingerprint,
     load_checkpoint,
@@ -168,7 +168,7 @@ def test_tokens_are_tiktokens_on_any_document(tokenizer, exported):
     # Versions of transformers before 5 take all from this file.
     pipeline = Tokenizer.from_file(str(exported / "tokenizer.json"))
 
-    assert found == load_encoding().encode_ordinary_batch(texts)
+    assert found == GPT2_TOKENIZER.tiktoken.encode_ordinary_batch(texts)
     assert found == [encoding.ids for encoding in pipeline.encode_batch(texts)]
     assert tokenizer.batch_decode(found) == pipeline.decode_batch(found) == texts
 
@@ -181,7 +181,7 @@ def test_tokens_are_tiktokens_for_every_character(tokenizer):
     texts = [f"a{c} {c}1" for c in known + other]
     texts = ["\n\n".join(texts[first : first + 500]) for first in range(0, len(texts), 500)]
 
-    assert tokenizer(texts)["input_ids"] == load_encoding().encode_ordinary_batch(texts)
+    assert tokenizer(texts)["input_ids"] == GPT2_TOKENIZER.tiktoken.encode_ordinary_batch(texts)
 
 
 @pytest.mark.parametrize("files", ["tokenizer.json", "vocab.json and merges.txt"])
@@ -204,7 +204,7 @@ def test_the_vocabulary_of_a_folder_has_to_be_this_one(convert, refused, source,
     path.write_text(json.dumps(content))
 
     line = refused("--from_hugging_face=source", "--checkpoint_path=out/other.pt")
-    assert "source holds another vocabulary than GPT-2's, r50k_base." in line
+    assert "source holds another vocabulary than GPT-2's, r50k_base, or one" in line
 
 
 def test_end_of_text_is_special_and_added_nowhere(tokenizer):

@@ -37,6 +37,7 @@ import os, signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
 from text import hub, preparation, sources
+from text.tokenizer import gpt2_tokenizer
 
 hub.RETRY_PAUSES = hub.FIRST_RETRY_PAUSES = (0.01, 0.02, 0.04)
 preparation.MIN_SIZE_PER_PROCESS = 1
@@ -50,7 +51,8 @@ if __name__ == "__main__":
     source, _ = sources.parse_source(sys.argv[1])
 
     try:
-        preparation.load_or_prepare(source, Path(sys.argv[2]), int(sys.argv[3]))
+        tokenizer = gpt2_tokenizer()
+        preparation.load_or_prepare(source, Path(sys.argv[2]), tokenizer, int(sys.argv[3]))
     except preparation.DataError as error:
         sys.exit(f"error: {{error}}")
 """

@@ -12,12 +12,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from conftest import ROOT
+from vocabularies import END_OF_TEXT, GPT2_TOKENIZER, decode, encode
 
 from text import rows
 from text.errors import DataError
 from text.instructions import Turn, encode_turns, format_prompt, turns_of
 from text.rows import RowFile, StandardLibraryFunctions, load_examples, parse_row_source
-from text.tokenizer import END_OF_TEXT, encode, load_encoding
 
 ROWS = [
     {"instruction": f"Say {number}.", "input": "", "output": f"{number} it is."}
@@ -55,7 +55,6 @@ def write(folder: Path, name: str, rows: list) -> Path:
 
 def decoded(example) -> tuple[str, str]:
     """Return all of an example, and what of it is to be predicted."""
-    decode = load_encoding().decode
     targets = example.tokens[example.is_target]
 
     return decode(example.tokens.tolist()), decode(targets.tolist())
@@ -200,20 +199,22 @@ def test_malformed_rows_are_told(row):
 
 def test_answers_alone_are_predicted_and_end_with_end_of_text():
     turns = [Turn("one? ", "yes"), Turn("two? ", "no")]
-    text, targets = decoded(encode_turns(turns, 100, mask_input=True))
+    text, targets = decoded(encode_turns(turns, GPT2_TOKENIZER, 100, mask_input=True))
 
     assert text == "one? yes<|endoftext|>two? no<|endoftext|>"
     assert targets == "yes<|endoftext|>no<|endoftext|>"
 
 
 def test_all_is_predicted_without_a_mask():
-    text, targets = decoded(encode_turns([Turn("one? ", "yes")], 100, mask_input=False))
+    text, targets = decoded(
+        encode_turns([Turn("one? ", "yes")], GPT2_TOKENIZER, 100, mask_input=False)
+    )
 
     assert text == targets == "one? yes<|endoftext|>"
 
 
 def test_text_of_an_answer_is_never_a_special_token():
-    example = encode_turns([Turn("a", "<|endoftext|>")], 100, mask_input=True)
+    example = encode_turns([Turn("a", "<|endoftext|>")], GPT2_TOKENIZER, 100, mask_input=True)
 
     assert example.tokens.tolist().count(END_OF_TEXT) == 1
 
@@ -222,7 +223,10 @@ def test_a_prompt_is_encoded_as_in_generation():
     turns = turns_of(ROWS[7])
     prompt = encode(turns[0].prompt)
 
-    assert encode_turns(turns, 100, True).tokens[: len(prompt)].tolist() == prompt.tolist()
+    assert (
+        encode_turns(turns, GPT2_TOKENIZER, 100, True).tokens[: len(prompt)].tolist()
+        == prompt.tolist()
+    )
 
 
 # --- Splits, and rows that are left out ---
@@ -242,7 +246,7 @@ def test_a_prompt_is_encoded_as_in_generation():
     ],
 )
 def test_rows_of_any_file(tmp_path, name):
-    examples = load_examples(RowFile(write(tmp_path, name, ROWS)), 128, True)
+    examples = load_examples(RowFile(write(tmp_path, name, ROWS)), GPT2_TOKENIZER, 128, True)
     answers = {decoded(example)[1] for example in examples.train + examples.test}
 
     assert answers == {f"{number} it is.<|endoftext|>" for number in range(60)}
@@ -257,10 +261,13 @@ def test_examples_know_what_most_of_them_begin_with(tmp_path):
 
     rare, often = messages("You are a judge."), messages("You are a ferryman \ud800.")
     path = write(tmp_path, "a.jsonl", [rare, *ROWS[:2], often, often, often])
-    assert load_examples(RowFile(path), 64, True).introduction == "You are a ferryman ?."
+    assert (
+        load_examples(RowFile(path), GPT2_TOKENIZER, 64, True).introduction
+        == "You are a ferryman ?."
+    )
 
     path = write(tmp_path, "b.jsonl", [rare, *ROWS[:2]])
-    assert load_examples(RowFile(path), 64, True).introduction == ""
+    assert load_examples(RowFile(path), GPT2_TOKENIZER, 64, True).introduction == ""
 
 
 def test_a_tenth_is_set_aside_by_place_alone(tmp_path):
@@ -269,7 +276,7 @@ def test_a_tenth_is_set_aside_by_place_alone(tmp_path):
     splits = []
 
     for name, rows_ in (("a.jsonl", many), ("b.jsonl", other)):
-        examples = load_examples(RowFile(write(tmp_path, name, rows_)), 64, True)
+        examples = load_examples(RowFile(write(tmp_path, name, rows_)), GPT2_TOKENIZER, 64, True)
         assert len(examples.train) + len(examples.test) == 2000
         assert 160 <= len(examples.test) <= 240
         splits.append({decoded(e)[1].split("<")[0].split()[0] for e in examples.test})
@@ -279,7 +286,9 @@ def test_a_tenth_is_set_aside_by_place_alone(tmp_path):
 
 @pytest.mark.parametrize("num_rows", [2, 3, 7])
 def test_few_rows_are_split_all_the_same(tmp_path, num_rows):
-    examples = load_examples(RowFile(write(tmp_path, "a.jsonl", ROWS[:num_rows])), 64, True)
+    examples = load_examples(
+        RowFile(write(tmp_path, "a.jsonl", ROWS[:num_rows])), GPT2_TOKENIZER, 64, True
+    )
 
     assert examples.train
     assert examples.test
@@ -298,7 +307,7 @@ def test_rows_that_are_no_use_are_counted_and_named(tmp_path):
         json.dumps({"instruction": "I " * 200, "output": "O"}),
     ]
     path.write_text("\n\n".join(lines))
-    examples = load_examples(RowFile(path), prompt + 10, True)
+    examples = load_examples(RowFile(path), GPT2_TOKENIZER, prompt + 10, True)
 
     assert len(examples.train) + len(examples.test) == 61
     assert [note.split(" (")[0] for note in examples.notes] == [
@@ -335,20 +344,20 @@ def test_a_file_without_rows_is_one_line(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
 
     with pytest.raises(DataError, match=message.replace("`", ".")) as caught:
-        load_examples(RowFile(tmp_path / name), 64, True)
+        load_examples(RowFile(tmp_path / name), GPT2_TOKENIZER, 64, True)
 
     assert len(str(caught.value).splitlines()) == 1
 
 
 def test_other_rows_have_another_fingerprint(tmp_path):
     source = RowFile(write(tmp_path, "a.jsonl", ROWS))
-    before = load_examples(source, 64, True).fingerprint
+    before = load_examples(source, GPT2_TOKENIZER, 64, True).fingerprint
 
-    assert load_examples(source, 64, True).fingerprint == before
-    assert load_examples(source, 64, False).fingerprint != before
+    assert load_examples(source, GPT2_TOKENIZER, 64, True).fingerprint == before
+    assert load_examples(source, GPT2_TOKENIZER, 64, False).fingerprint != before
 
     write(tmp_path, "a.jsonl", [*ROWS[:-1], {**ROWS[-1], "output": "another"}])
-    assert load_examples(source, 64, True).fingerprint != before
+    assert load_examples(source, GPT2_TOKENIZER, 64, True).fingerprint != before
 
 
 @pytest.mark.parametrize(
@@ -438,7 +447,7 @@ def test_hostile_text_is_text(tmp_path):
         "[" * 100_000,
     ]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    examples = load_examples(RowFile(tmp_path / "a.jsonl"), 64, True)
+    examples = load_examples(RowFile(tmp_path / "a.jsonl"), GPT2_TOKENIZER, 64, True)
     targets = [decoded(example)[1] for example in examples.train + examples.test]
 
     assert len(targets) == 65
@@ -457,7 +466,7 @@ def test_hostile_text_is_text(tmp_path):
 def test_an_answer_cut_behind_an_earlier_one_is_counted(tmp_path):
     messages = [{"role": role, "content": role} for role in ("user", "assistant")] * 2
     turns = turns_of({"messages": messages})
-    size = len(encode_turns(turns[:1], 1000, True).tokens) - 1
+    size = len(encode_turns(turns[:1], GPT2_TOKENIZER, 1000, True).tokens) - 1
 
-    assert not encode_turns(turns[:1], size, True).is_cut
-    assert encode_turns(turns, size, True).is_cut
+    assert not encode_turns(turns[:1], GPT2_TOKENIZER, size, True).is_cut
+    assert encode_turns(turns, GPT2_TOKENIZER, size, True).is_cut

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, finish, launch, write_documents
 from token_folders import contents, documents_in
+from vocabularies import END_OF_TEXT, GPT2_TOKENIZER, encode
 
 from processes import CONTEXT
 from system import locks
@@ -20,16 +21,16 @@ from text import parts, preparation, token_files, workers
 from text.errors import DataError
 from text.parts import JoinedFiles, place_hash
 from text.preparation import load_or_prepare
-from text.prepared import is_prepared
+from text.prepared import prepared_name
 from text.readers import Reader
 from text.sources import TextFiles, parse_source
 from text.token_files import SPLITS
-from text.tokenizer import END_OF_TEXT, encode
+from text.tokenizer import GPT2
 
 
 def test_token_files_hold_every_document_once(text_folder, tmp_path):
     source = TextFiles(text_folder)
-    load_or_prepare(source, tmp_path, 1)
+    load_or_prepare(source, tmp_path, GPT2_TOKENIZER, 1)
     train, test = (documents_in(tmp_path / f"{source.name}-{split}.bin") for split in SPLITS)
     texts = [path.read_text() for path in sorted(text_folder.iterdir())]
 
@@ -55,7 +56,7 @@ def test_no_more_documents_are_tested_on_than_it_takes(
     (tmp_path / "text").mkdir()
     write_documents(tmp_path / "text", 2000, num_words=2)
     source = TextFiles(tmp_path / "text")
-    dataset = load_or_prepare(source, tmp_path / "dataset", 1)
+    dataset = load_or_prepare(source, tmp_path / "dataset", GPT2_TOKENIZER, 1)
 
     assert (dataset.test == END_OF_TEXT).sum() in num_tests
     assert len(dataset.test) >= min_tokens or min_tokens == 10**9
@@ -74,10 +75,10 @@ def test_a_new_document_moves_no_other_between_the_splits(tmp_path):
     write_documents(tmp_path / "text", 60)
     source = TextFiles(tmp_path / "text")
     path = tmp_path / "dataset" / f"{source.name}-test.bin"
-    load_or_prepare(source, tmp_path / "dataset", 1)
+    load_or_prepare(source, tmp_path / "dataset", GPT2_TOKENIZER, 1)
     before = set(documents_in(path))
     (tmp_path / "text" / "000 before all.txt").write_text("one more document")
-    load_or_prepare(source, tmp_path / "dataset", 1)
+    load_or_prepare(source, tmp_path / "dataset", GPT2_TOKENIZER, 1)
 
     assert before
     assert before <= set(documents_in(path)) <= before | {"one more document"}
@@ -87,9 +88,9 @@ def test_changed_text_is_prepared_again_and_it_says_why(tmp_path, capsys):
     (tmp_path / "text").mkdir()
     write_documents(tmp_path / "text", 40)
     source = TextFiles(tmp_path / "text")
-    before = load_or_prepare(source, tmp_path / "dataset", 1)
+    before = load_or_prepare(source, tmp_path / "dataset", GPT2_TOKENIZER, 1)
     (tmp_path / "text" / "999.txt").write_text("one more document")
-    after = load_or_prepare(source, tmp_path / "dataset", 1)
+    after = load_or_prepare(source, tmp_path / "dataset", GPT2_TOKENIZER, 1)
     [note] = [line for line in capsys.readouterr().out.splitlines() if "changed" in line]
 
     assert "prepared again, for the text has changed" in note
@@ -104,7 +105,7 @@ def no_second_preparation(tmp_path, monkeypatch):
     """Prepare text, and return it; whoever prepares it again fails."""
     (tmp_path / "text").mkdir()
     write_documents(tmp_path / "text", 40)
-    before = load_or_prepare(TextFiles(tmp_path / "text"), tmp_path / "dataset", 1)
+    before = load_or_prepare(TextFiles(tmp_path / "text"), tmp_path / "dataset", GPT2_TOKENIZER, 1)
     monkeypatch.delattr(preparation, "prepare_parts")
 
     return tmp_path / "text", before
@@ -113,7 +114,7 @@ def no_second_preparation(tmp_path, monkeypatch):
 def test_text_that_was_only_touched_is_the_same(no_second_preparation, tmp_path, capsys):
     text, before = no_second_preparation
     os.utime(text / "000.txt", (0, 0))
-    after = load_or_prepare(TextFiles(text), tmp_path / "dataset", 1)
+    after = load_or_prepare(TextFiles(text), tmp_path / "dataset", GPT2_TOKENIZER, 1)
 
     assert (after.name, after.fingerprint) == (before.name, before.fingerprint)
     assert "changed" not in capsys.readouterr().out
@@ -123,10 +124,10 @@ def test_text_that_was_moved_keeps_its_token_files(no_second_preparation, tmp_pa
     """Wherever it lies then, and also when it is gone after that."""
     text, before = no_second_preparation
     moved = text.rename(tmp_path / "elsewhere")
-    after = load_or_prepare(TextFiles(moved), tmp_path / "dataset", 1)
+    after = load_or_prepare(TextFiles(moved), tmp_path / "dataset", GPT2_TOKENIZER, 1)
     moved.rename(tmp_path / "a third place")
     source, _ = parse_source(str(moved), folder=tmp_path / "dataset")
-    gone = load_or_prepare(source, tmp_path / "dataset", 1)
+    gone = load_or_prepare(source, tmp_path / "dataset", GPT2_TOKENIZER, 1)
 
     assert (after.name, after.fingerprint) == (before.name, before.fingerprint)
     assert (gone.name, gone.fingerprint) == (before.name, before.fingerprint)
@@ -136,7 +137,7 @@ def test_text_that_is_gone_is_read_from_its_token_files(no_second_preparation, t
     text, before = no_second_preparation
     shutil.rmtree(text)
     source, _ = parse_source(str(text), folder=tmp_path / "dataset")
-    after = load_or_prepare(source, tmp_path / "dataset", 1)
+    after = load_or_prepare(source, tmp_path / "dataset", GPT2_TOKENIZER, 1)
 
     assert after.fingerprint == before.fingerprint
     assert "is not there; its token files are read" in capsys.readouterr().out
@@ -150,18 +151,18 @@ def test_a_changed_letter_is_a_change(no_second_preparation, tmp_path):
     content = (text / "000.txt").read_text()
     (text / "000.txt").write_text(content[:-1] + "!")
 
-    assert not is_prepared(TextFiles(text), tmp_path / "dataset")
+    assert prepared_name(TextFiles(text), tmp_path / "dataset", GPT2) is None
 
 
 def test_a_copy_has_token_files_of_its_own(no_second_preparation, tmp_path):
     text, _ = no_second_preparation
     shutil.copytree(text, tmp_path / "copy")
 
-    assert not is_prepared(TextFiles(tmp_path / "copy"), tmp_path / "dataset")
+    assert prepared_name(TextFiles(tmp_path / "copy"), tmp_path / "dataset", GPT2) is None
 
 
 def prepared(source, folder):
-    load_or_prepare(source, folder, 1)
+    load_or_prepare(source, folder, GPT2_TOKENIZER, 1)
 
     return {split: folder / f"{source.name}-{split}.bin" for split in SPLITS}
 
@@ -209,11 +210,11 @@ def damage_flipped_bit(path):
 def test_damaged_token_files_are_refused(text_folder, tmp_path, damage, split):
     source = TextFiles(text_folder)
     path = prepared(source, tmp_path)[split]
-    load_or_prepare(source, tmp_path, 1)
+    load_or_prepare(source, tmp_path, GPT2_TOKENIZER, 1)
     damage(path)
 
     with pytest.raises(DataError, match=rf"{path.name}.*delete {source.name}\.json"):
-        load_or_prepare(source, tmp_path, 1)
+        load_or_prepare(source, tmp_path, GPT2_TOKENIZER, 1)
 
 
 def change_sidecar(folder: Path, source, change) -> None:
@@ -237,7 +238,7 @@ def test_foreign_sidecars_are_refused(text_folder, tmp_path, change, message):
     change_sidecar(tmp_path, source, change)
 
     with pytest.raises(DataError, match=message):
-        load_or_prepare(source, tmp_path, 1)
+        load_or_prepare(source, tmp_path, GPT2_TOKENIZER, 1)
 
 
 def test_ids_beyond_the_vocabulary_are_refused(text_folder, tmp_path):
@@ -250,7 +251,7 @@ def test_ids_beyond_the_vocabulary_are_refused(text_folder, tmp_path):
     change_sidecar(tmp_path, source, lambda sidecar: sidecar["train"].update(sha256=digest))
 
     with pytest.raises(DataError, match="holds token id 50257, r50k_base ends at 50256"):
-        load_or_prepare(source, tmp_path, 1)
+        load_or_prepare(source, tmp_path, GPT2_TOKENIZER, 1)
 
 
 def test_files_are_hashed_once_and_again_after_a_change(text_folder, tmp_path, monkeypatch):
@@ -260,12 +261,12 @@ def test_files_are_hashed_once_and_again_after_a_change(text_folder, tmp_path, m
     scan = token_files.scan
     monkeypatch.setattr(token_files, "scan", lambda path: scanned.append(path) or scan(path))
 
-    load_or_prepare(source, tmp_path, 1)
+    load_or_prepare(source, tmp_path, GPT2_TOKENIZER, 1)
     assert not scanned
 
     path = tmp_path / f"{source.name}-train.bin"
     path.write_bytes(path.read_bytes())
-    load_or_prepare(source, tmp_path, 1)
+    load_or_prepare(source, tmp_path, GPT2_TOKENIZER, 1)
     assert path in scanned
 
 
@@ -275,7 +276,7 @@ def test_too_few_documents_are_refused(tmp_path, num_documents):
     write_documents(tmp_path / "text", num_documents)
 
     with pytest.raises(DataError, match=r"0 to test on|to train on and"):
-        load_or_prepare(TextFiles(tmp_path / "text"), tmp_path / "dataset", 1)
+        load_or_prepare(TextFiles(tmp_path / "text"), tmp_path / "dataset", GPT2_TOKENIZER, 1)
 
     assert not list((tmp_path / "dataset").iterdir())
 
@@ -288,7 +289,7 @@ def test_two_documents_are_enough_whatever_their_places(tmp_path):
         (tmp_path / "text" / f"{name}.txt").write_text(f"text {name}")
 
     source = TextFiles(tmp_path / "text")
-    load_or_prepare(source, tmp_path, 1)
+    load_or_prepare(source, tmp_path, GPT2_TOKENIZER, 1)
 
     assert documents_in(tmp_path / f"{source.name}-test.bin") == ["text a"]
     assert documents_in(tmp_path / f"{source.name}-train.bin") == ["text b"]
@@ -298,19 +299,21 @@ def test_two_documents_are_enough_whatever_their_places(tmp_path):
 def test_a_lone_document_is_enough_where_nothing_is_split(tmp_path):
     (tmp_path / "a.txt").write_text("A short text.")
     source = TextFiles(tmp_path / "a.txt")
-    dataset = load_or_prepare(source, tmp_path / "dataset", 1, is_split=False)
+    dataset = load_or_prepare(source, tmp_path / "dataset", GPT2_TOKENIZER, 1, is_split=False)
 
     assert len(dataset.train) + len(dataset.test) == len(encode("A short text.")) + 1
 
     with pytest.raises(DataError, match="at least one of each"):
-        load_or_prepare(source, tmp_path / "dataset", 1)
+        load_or_prepare(source, tmp_path / "dataset", GPT2_TOKENIZER, 1)
 
 
 def test_single_rows_that_are_malformed_are_counted(tmp_path, capsys):
     rows = [json.dumps({"text": f"text {number}"}) for number in range(60)]
     rows[30:30] = ['{"text": 7}', '{"no": 1}']
     (tmp_path / "a.jsonl").write_text("\n".join(rows))
-    dataset = load_or_prepare(TextFiles(tmp_path / "a.jsonl"), tmp_path / "dataset", 1)
+    dataset = load_or_prepare(
+        TextFiles(tmp_path / "a.jsonl"), tmp_path / "dataset", GPT2_TOKENIZER, 1
+    )
 
     assert sum((tokens == END_OF_TEXT).sum() for tokens in (dataset.train, dataset.test)) == 60
     assert "2 of 62 rows are malformed and left out; the first is" in (
@@ -324,7 +327,7 @@ def test_a_little_damage_is_a_note_and_much_is_refused(tmp_path, monkeypatch, ca
     write_documents(tmp_path / "text", 60)
     (tmp_path / "text" / "000.txt").write_bytes("naïve".encode("latin-1"))
     source = TextFiles(tmp_path / "text")
-    load_or_prepare(source, tmp_path / "dataset", 1)
+    load_or_prepare(source, tmp_path / "dataset", GPT2_TOKENIZER, 1)
 
     assert "1 of " in (output := capsys.readouterr().out)
     assert "cannot be decoded, the first in" in output
@@ -336,7 +339,7 @@ def test_a_little_damage_is_a_note_and_much_is_refused(tmp_path, monkeypatch, ca
     for min_checked in (1, 1 << 24):
         monkeypatch.setattr(preparation, "MIN_CHECKED", min_checked)
         with pytest.raises(DataError, match="cannot be decoded.*--text_encoding"):
-            load_or_prepare(source, tmp_path / "dataset", 1)
+            load_or_prepare(source, tmp_path / "dataset", GPT2_TOKENIZER, 1)
 
         assert not list((tmp_path / "dataset").glob("*.parts"))
 
@@ -361,11 +364,13 @@ def test_the_same_bytes_from_any_number_of_processes(large_text, tmp_path, monke
     started = []
     worker_processes = workers.worker_processes
     monkeypatch.setattr(
-        workers, "worker_processes", lambda n: started.append(n) or worker_processes(n)
+        workers, "worker_processes", lambda n, work: started.append(n) or worker_processes(n, work)
     )
 
     for num_processes in (1, 2, 8):
-        load_or_prepare(TextFiles(large_text), tmp_path / str(num_processes), num_processes)
+        load_or_prepare(
+            TextFiles(large_text), tmp_path / str(num_processes), GPT2_TOKENIZER, num_processes
+        )
 
     assert started == [2, 8]
     assert contents(tmp_path / "1") == contents(tmp_path / "2") == contents(tmp_path / "8")
@@ -378,7 +383,7 @@ SCRIPT = f"""
 import multiprocessing, os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-from text import parts, preparation, readers, sources
+from text import parts, preparation, readers, sources, tokenizer
 
 source, folder = sys.argv[1:3]
 num_processes, kill_at, min_waiting = map(int, sys.argv[3:])
@@ -407,7 +412,8 @@ if __name__ == "__main__":
     parts.JoinedFiles.MIN_WAITING = min_waiting
     preparation.MIN_SIZE_PER_PROCESS = 1
     sys.addaudithook(count)
-    preparation.load_or_prepare(sources.TextFiles(Path(source)), Path(folder), num_processes)
+    text, ours = sources.TextFiles(Path(source)), tokenizer.gpt2_tokenizer()
+    preparation.load_or_prepare(text, Path(folder), ours, num_processes)
     print(events)
 """
 
@@ -455,7 +461,7 @@ def test_a_killed_preparation_goes_on_to_the_same_bytes(
     monkeypatch.setattr(preparation, "UNIT_SIZE", UNIT_SIZE)
     monkeypatch.setattr(parts, "MIN_TEST_TOKENS", MIN_TEST_TOKENS)
     monkeypatch.setattr(JoinedFiles, "MIN_WAITING", MIN_WAITING)
-    load_or_prepare(TextFiles(text_folder), tmp_path, 1)
+    load_or_prepare(TextFiles(text_folder), tmp_path, GPT2_TOKENIZER, 1)
 
     assert contents(tmp_path) == expected
 
@@ -539,7 +545,7 @@ def test_the_disk_holds_the_tokens_about_once(large_text, tmp_path, monkeypatch)
         force(self)
 
     monkeypatch.setattr(JoinedFiles, "force", measure)
-    dataset = load_or_prepare(TextFiles(large_text), tmp_path, 1)
+    dataset = load_or_prepare(TextFiles(large_text), tmp_path, GPT2_TOKENIZER, 1)
 
     assert len(sizes) > 20
     assert max(sizes) < 1.05 * 2 * (len(dataset.train) + len(dataset.test))
@@ -559,7 +565,7 @@ def prepare_and_count(source: TextFiles, folder: Path, barrier, calls) -> None:
 
     preparation.prepare_parts = counted
     barrier.wait()
-    load_or_prepare(source, folder, 1)
+    load_or_prepare(source, folder, GPT2_TOKENIZER, 1)
 
 
 def test_several_processes_at_once_prepare_once(text_folder, tmp_path):
@@ -595,7 +601,7 @@ def test_who_waits_for_another_process_says_so(text_folder, tmp_path, monkeypatc
         told.set()
 
     monkeypatch.setattr(preparation, "print", say, raising=False)
-    waiting = threading.Thread(target=load_or_prepare, args=(source, tmp_path, 1))
+    waiting = threading.Thread(target=load_or_prepare, args=(source, tmp_path, GPT2_TOKENIZER, 1))
     waiting.start()
 
     assert told.wait(timeout=60)
@@ -638,4 +644,4 @@ def test_a_folder_that_cannot_be_made_is_one_line(text_folder, tmp_path, place):
     (tmp_path / "file").write_text("")
 
     with pytest.raises(DataError, match=r"cannot be written: Not a directory.*--dataset_path"):
-        load_or_prepare(TextFiles(text_folder), Path(place.format(tmp_path)), 1)
+        load_or_prepare(TextFiles(text_folder), Path(place.format(tmp_path)), GPT2_TOKENIZER, 1)

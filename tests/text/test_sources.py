@@ -14,6 +14,7 @@ import pyarrow
 import pytest
 from conftest import write_documents
 from hub_server import parquet
+from vocabularies import END_OF_TEXT, GPT2_TOKENIZER, encode
 
 from text import preparation, readers
 from text.damage import Damage
@@ -22,7 +23,6 @@ from text.hub import HubDataset
 from text.preparation import load_or_prepare
 from text.readers import Reader, cut
 from text.sources import StandardLibrary, TextFiles, parse_source
-from text.tokenizer import END_OF_TEXT, encode
 
 TEXTS = [
     "plain",
@@ -69,12 +69,21 @@ def csv_rows(texts: list[str | None]) -> bytes:
     return buffer.getvalue().encode()
 
 
+def documents_of(reader: Reader) -> list[tuple[int, str]]:
+    """Return the documents of the next chunk, each with the number of its row."""
+    return [
+        pair
+        for numbers, texts in reader.chunk(Damage())
+        for pair in zip(numbers.tolist(), texts.to_pylist(), strict=True)
+    ]
+
+
 def texts_of(file) -> list[str]:
     found, damage = [], Damage()
 
     with Reader(file) as reader:
         while not reader.is_finished:
-            found += [text for _, text in reader.chunk(damage) if text]
+            found += [text for each in reader.chunk(damage) for text in each.texts.to_pylist()]
             assert 0 <= reader.position <= file.size
 
     damage.check(file.description)
@@ -206,7 +215,7 @@ def test_few_files_give_both_splits(tmp_path, num_files):
     for number in range(num_files):
         (tmp_path / "text" / f"book{number}.txt").write_text("A line of a book.\n\n" * 3000)
 
-    dataset = load_or_prepare(TextFiles(tmp_path / "text"), tmp_path / "dataset", 1)
+    dataset = load_or_prepare(TextFiles(tmp_path / "text"), tmp_path / "dataset", GPT2_TOKENIZER, 1)
     num_tests = (dataset.test == END_OF_TEXT).sum()
 
     assert 1 <= num_tests < num_files * 6
@@ -268,7 +277,7 @@ def test_files_of_several_chunks(tmp_path, monkeypatch, kind, packing):
     texts *= 30 if kind == ".txt" else 1
     content = write[kind](texts) if kind in write else "".join(texts).encode()
     path.write_bytes(PACKINGS[packing](content))
-    dataset = load_or_prepare(TextFiles(path), tmp_path / "dataset", 1)
+    dataset = load_or_prepare(TextFiles(path), tmp_path / "dataset", GPT2_TOKENIZER, 1)
     tokens = np.concatenate([dataset.train, dataset.test])
 
     if kind == ".txt":
@@ -380,7 +389,7 @@ def test_chunks_are_the_same_for_who_skips_and_who_reads(tmp_path, monkeypatch):
 
         with Reader(file) as reader:
             while not reader.is_finished:
-                chunks.append(list(reader.chunk(Damage())))
+                chunks.append(documents_of(reader))
 
         assert len(chunks) > 3
 
@@ -389,7 +398,7 @@ def test_chunks_are_the_same_for_who_skips_and_who_reads(tmp_path, monkeypatch):
                 for _ in range(number):
                     reader.skip()
 
-                assert list(reader.chunk(Damage())) == chunk
+                assert documents_of(reader) == chunk
 
 
 DOCUMENTS = {
@@ -405,7 +414,9 @@ DOCUMENTS = {
 def test_any_document_becomes_its_tokens_and_one_end(tmp_path, name):
     texts = ["before", DOCUMENTS[name], "", None, "after", *map(str, range(60))]
     (tmp_path / "a.jsonl").write_bytes(jsonl(texts))
-    dataset = load_or_prepare(TextFiles(tmp_path / "a.jsonl"), tmp_path / "dataset", 1)
+    dataset = load_or_prepare(
+        TextFiles(tmp_path / "a.jsonl"), tmp_path / "dataset", GPT2_TOKENIZER, 1
+    )
     tokens = np.concatenate([dataset.train, dataset.test])
     present = [text for text in texts if text]
 

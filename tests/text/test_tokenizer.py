@@ -1,6 +1,10 @@
-"""The tokenizer against tiktoken's own definition, and the fast way against the plain one."""
+"""The tokenizers against tiktoken's own definition, and gigatoken's ids against tiktoken's."""
 
+import functools
+import pickle
+import re
 import socket
+import sys
 
 import numpy as np
 import pytest
@@ -8,10 +12,13 @@ import tiktoken_ext.openai_public
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiktoken.load import load_tiktoken_bpe
+from vocabularies import END_OF_TEXT, encode, own_tokenizer
 
 from text import tokenizer
 from text.errors import DataError
-from text.tokenizer import END_OF_TEXT, encode, encode_documents
+from text.readers import arrow_strings
+from text.tokenizer import MAX_SIZE, Tokenizer, format_ranks, gpt2_tokenizer, load_tokenizer
+from text.vocabulary import merge
 
 
 def test_tokenizer_is_the_published_one(monkeypatch):
@@ -21,12 +28,13 @@ def test_tokenizer_is_the_published_one(monkeypatch):
         lambda url, expected_hash: load_tiktoken_bpe(str(tokenizer.RANKS_PATH), expected_hash),
     )
     published = tiktoken_ext.openai_public.r50k_base()
-    ours = tokenizer.load_encoding()
+    ours = gpt2_tokenizer()
 
-    assert ours._mergeable_ranks == published["mergeable_ranks"]
-    assert ours._pat_str == published["pat_str"]
-    assert ours._special_tokens == published["special_tokens"]
-    assert ours.n_vocab == published["explicit_n_vocab"] == tokenizer.VOCABULARY_SIZE
+    assert ours.tokens == published["mergeable_ranks"]
+    assert ours.pattern == published["pat_str"]
+    assert {"<|endoftext|>": ours.end_of_text} == published["special_tokens"]
+    assert ours.vocabulary_size == published["explicit_n_vocab"] == tokenizer.GPT2_SIZE
+    assert ours.encoding == published["name"]
     assert encode("Hello world").tolist() == [15496, 995]
 
 
@@ -35,33 +43,33 @@ def test_tokenizer_needs_no_network(monkeypatch):
         raise AssertionError("the tokenizer asked for the network")
 
     monkeypatch.setattr(socket, "socket", refuse)
-    tokenizer.load_encoding.cache_clear()
+    gpt2_tokenizer.cache_clear()
 
-    assert tokenizer.load_encoding().decode([15496, 995]) == "Hello world"
+    assert gpt2_tokenizer().decode([15496, 995]) == "Hello world"
 
 
 def test_cache_of_tiktoken_is_not_needed(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "file" / "cache"))
-    tokenizer.load_encoding.cache_clear()
+    gpt2_tokenizer.cache_clear()
 
-    assert encode("Hello world").tolist() == [15496, 995]
+    assert gpt2_tokenizer().encode("Hello world").tolist() == [15496, 995]
 
 
 @pytest.mark.parametrize("content", [None, b"IQ== 0\n"])
 def test_damaged_ranks_are_refused(monkeypatch, tmp_path, content):
     path = tmp_path / "ranks"
     monkeypatch.setattr(tokenizer, "RANKS_PATH", path)
-    tokenizer.load_encoding.cache_clear()
+    gpt2_tokenizer.cache_clear()
 
     if content is not None:
         path.write_bytes(content)
 
     with pytest.raises(DataError, match="ranks is missing or damaged"):
-        tokenizer.load_encoding()
+        gpt2_tokenizer()
 
     monkeypatch.undo()
-    tokenizer.load_encoding.cache_clear()
+    gpt2_tokenizer.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -78,7 +86,7 @@ def test_any_text_is_text(text, decoded):
 
     assert tokens.dtype == np.dtype("<u2")
     assert END_OF_TEXT not in tokens
-    assert tokenizer.load_encoding().decode(tokens.tolist()) == decoded
+    assert gpt2_tokenizer().decode(tokens) == decoded
 
 
 # What the cuts between pieces depend on, often, and anything else.
@@ -93,33 +101,120 @@ DOCUMENTS = st.lists(
 )
 
 
-def tokens_of_tiktoken(texts: list[str]) -> list[int]:
-    return [token for text in texts for token in (*encode(text).tolist(), END_OF_TEXT)]
+@functools.cache
+def tokenizer_of_cuts() -> Tokenizer:
+    """Return a vocabulary in which a cut at a wrong place gives other tokens."""
+    blanks = [" " * n + "\n" * m + "\t" * n for n in range(4) for m in range(4)]
+    words = ["a", "A1", "123456", "'LL", "'s", "!!\r\n", "é", "日本", "\u3000", "._.\n\n"]
+    text = "".join(first + word + second for first in blanks for word in words for second in blanks)
+    return Tokenizer(format_ranks(merge(iter([text, *blanks]), 500)))
 
 
-@settings(max_examples=1000, deadline=None)
-@given(DOCUMENTS)
-def test_documents_become_the_tokens_of_tiktoken(texts):
-    tokens = encode_documents(texts)
-
-    assert tokens.dtype == np.dtype("<u2")
-    assert tokens.tolist() == tokens_of_tiktoken(texts)
+TOKENIZERS = pytest.mark.parametrize("make", [gpt2_tokenizer, tokenizer_of_cuts])
 
 
-def test_every_character_is_of_the_kind_that_tiktoken_sees():
-    # Between letters and digits a mistake in the kind of a character moves a cut.
-    points = [point for point in range(0x110000) if not 0xD800 <= point < 0xE000]
-    texts = [
-        "".join(f"a{chr(point)}a 1{chr(point)}" for point in points[first : first + 4096])
-        for first in range(0, len(points), 4096)
-        if first < 0x20000 or first % (8 * 4096) == 0
+def assert_same_as_tiktoken(ours: Tokenizer, texts: list[str]) -> None:
+    documents = ours.encode_documents(arrow_strings(texts))
+
+    assert ours.gigatoken is not None
+    assert [document.dtype for document in documents] == [np.dtype("<u2")] * len(texts)
+    assert [document.tolist() for document in documents] == [
+        ours.encode(text).tolist() for text in texts
     ]
 
-    assert encode_documents(texts).tolist() == tokens_of_tiktoken(texts)
+
+@TOKENIZERS
+@settings(max_examples=1000, deadline=None)
+@given(texts=DOCUMENTS)
+def test_documents_become_the_tokens_of_tiktoken(make, texts):
+    assert_same_as_tiktoken(make(), texts)
+
+
+@TOKENIZERS
+def test_every_character_gives_the_tokens_of_tiktoken(make):
+    # Between letters, digits and blanks a mistake in the kind of a character moves a cut.
+    characters = [chr(point) for point in range(0x110000) if not 0xD800 <= point < 0xE000]
+
+    for first in range(0, len(characters), 1 << 16):
+        some = characters[first : first + (1 << 16)]
+        assert_same_as_tiktoken(make(), [f"a{c}b {c}{c} 1{c}2\n{c}" for c in some])
+
+
+LONG = {
+    "letters": "a" * 10**6,
+    "blanks": " " * 10**6,
+    "blanks in front of a word": " " * 10**6 + "x\n\n  y",
+    "line ends": "\n" * 10**6,
+    "digits": "7" * 10**6,
+    "words": "word " * (2 * 10**6),
+    "apostrophes": "\n'" * 10**5,
+    "accents": "é" * 10**5,
+}
+
+
+@TOKENIZERS
+@pytest.mark.parametrize("name", LONG)
+def test_long_documents(make, name):
+    assert_same_as_tiktoken(make(), [LONG[name], "", "the next"])
+
+
+@TOKENIZERS
+@settings(max_examples=300, deadline=None)
+@given(text=st.text(CHARACTERS.filter(lambda c: len(c) == 1 and not "\ud800" <= c < "\ue000")))
+def test_pieces_are_found_without_tiktokens_pattern(make, text):
+    assert make().encode_pieces(text + "x").tolist() == make().encode(text + "x").tolist()
+
+
+def test_without_gigatoken_tiktoken_tokenizes(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gigatoken", None)
+    ours = Tokenizer(own_tokenizer().ranks)
+
+    [tokens] = ours.encode_documents(arrow_strings(["its own\n\nwords"]))
+
+    assert ours.gigatoken is None
+    assert tokens.tolist() == own_tokenizer().encode("its own\n\nwords").tolist()
+
+
+def test_a_vocabulary_is_known_by_its_ranks():
+    own = own_tokenizer()
+    again = pickle.loads(pickle.dumps(own))
+
+    assert re.fullmatch(r"bpe-300-[0-9a-f]{12}", own.encoding)
+    assert (own.vocabulary_size, own.end_of_text, own.token_sizes[-1]) == (300, 299, 0)
+    assert load_tokenizer(own.encoding, own.ranks).tokens == again.tokens == own.tokens
+    assert again.encoding == own.encoding
+    assert sum(own.token_sizes[own.encode("é of its own")]) == len("é of its own".encode())
+
+
+def damaged_rank(ranks: str) -> str:
+    return ranks.replace(" 270\n", " 271\n")
 
 
 @pytest.mark.parametrize(
-    "text", ["a" * 10**6, " " * 10**6, "word " * (2 * 10**6), "\n'" * 10**5, "é" * 10**5]
+    ("encoding", "damage", "message"),
+    [
+        ("cl100k_base", str, "its vocabulary is cl100k_base, r50k_base or one of this project"),
+        (7, str, "its vocabulary is 7"),
+        (None, lambda _: None, "bpe-300-.* is missing"),
+        (None, lambda _: b"IQ== 0", "bpe-300-.* is missing"),
+        (None, lambda _: "IQ== 0\n", "tokens are missing"),
+        (None, lambda _: "", "tokens are missing"),
+        (None, lambda ranks: ranks[:-3], "tokens are missing|a token and a rank a line"),
+        (None, lambda ranks: "?" + ranks, "not a token and a rank a line"),
+        (None, damaged_rank, "tokens are missing"),
+        (None, lambda ranks: ranks + "YWJjZGVm 299\n", "its digest is another one"),
+        (
+            None,
+            lambda _: format_ranks(
+                {n.to_bytes(2, "big"): n + 256 for n in range(MAX_SIZE)}
+                | {bytes([n]): n for n in range(256)}
+            ),
+            "65,536 at most",
+        ),
+    ],
 )
-def test_long_documents(text):
-    assert encode_documents([text]).tolist() == tokens_of_tiktoken([text])
+def test_a_damaged_vocabulary_is_refused(encoding, damage, message):
+    own = own_tokenizer()
+
+    with pytest.raises(DataError, match=message):
+        load_tokenizer(encoding or own.encoding, damage(own.ranks))

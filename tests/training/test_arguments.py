@@ -12,6 +12,7 @@ TYPES = {
     arguments.positive_int: "int",
     arguments.non_negative_int: "int",
     arguments.seed_int: "int",
+    arguments.vocabulary_int: "int",
     arguments.positive_float: "float",
     arguments.non_negative_float: "float",
     arguments.dropout_float: "float",

@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import write_documents
+from vocabularies import GPT2_TOKENIZER
 
 from model import GPT
-from text.tokenizer import load_encoding
 from training.checkpoint import load_model, save_checkpoint
 
 LINE = re.compile(
@@ -40,7 +40,7 @@ def measure(model: GPT, files: list, size: int) -> list[float]:
             nats += F.cross_entropy(model(window[None, :-1])[0], targets, reduction="sum").item()
             num_tokens += size
             text = [token for token in targets.tolist() if token != 50256]
-            num_bytes += len(load_encoding().decode_bytes(text))
+            num_bytes += len(GPT2_TOKENIZER.tiktoken.decode_bytes(text))
 
     loss = nats / num_tokens
 

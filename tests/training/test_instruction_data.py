@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from vocabularies import END_OF_TEXT
 
 from text.instructions import Example
 from text.rows import Examples
-from text.tokenizer import END_OF_TEXT
 from training.instruction_data import IGNORE_INDEX, InstructionData, collate
 
 
@@ -23,7 +23,7 @@ def make_examples(num_rows: int = 101, seed: int = 0) -> list[Example]:
 def make_data(examples, batch_size=4, batches_per_update=3, seed=3) -> InstructionData:
     examples = Examples(examples, examples, [])
 
-    return InstructionData("rows", examples, batch_size, batches_per_update, 41, seed)
+    return InstructionData("rows", examples, batch_size, batches_per_update, 41, END_OF_TEXT, seed)
 
 
 def rows_of(x: torch.Tensor) -> list[int]:
@@ -58,7 +58,7 @@ def test_a_batch_is_a_function_of_seed_and_number():
 
 def test_rows_are_padded_at_the_right_and_padding_is_no_target():
     examples = make_examples()
-    x, y = collate(examples[:5], batch_size=8, block_size=41)
+    x, y = collate(examples[:5], 8, 41, END_OF_TEXT)
 
     assert x.shape == y.shape
     assert x.shape[0] == 8
@@ -80,7 +80,7 @@ def test_rows_are_padded_at_the_right_and_padding_is_no_target():
 def test_no_batch_is_longer_than_the_context(block_size):
     examples = [Example(np.ones(block_size + 1, dtype=np.uint16), np.ones(block_size + 1, bool))]
 
-    assert collate(examples, 1, block_size)[0].shape == (1, block_size)
+    assert collate(examples, 1, block_size, END_OF_TEXT)[0].shape == (1, block_size)
 
 
 def test_rows_of_like_length_are_put_together():

@@ -7,6 +7,7 @@ import torch
 from conftest import launch
 from small_trainers import make_trainer
 from torch import nn
+from vocabularies import GPT2_TOKENIZER
 
 from loss import output_memory
 from model import GPT
@@ -181,7 +182,7 @@ atexit.register(lambda: print(memory.peak_memory(torch.device("cpu"))))
 @pytest.mark.parametrize("batches", [1, 2])
 def test_memory_of_a_run_is_what_was_foretold(small, text_folder, dataset_path, batches):
     # Who prepares text has more memory from then on, and one of the two would do so alone.
-    load_or_prepare(parse_source(str(text_folder))[0], dataset_path, 1)
+    load_or_prepare(parse_source(str(text_folder))[0], dataset_path, GPT2_TOKENIZER, 1)
     argv = small(
         "--block_size=64",
         "--embedding_dimensions=64",
