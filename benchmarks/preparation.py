@@ -67,7 +67,7 @@ datasets.load_dataset = lambda *_, **__: load_dataset("parquet", data_files={tex
 known = tokenizer.gpt2_tokenizer()
 encoding = tiktoken.Encoding(
     "gpt2",
-    pat_str=known.pattern,
+    pat_str=tokenizer.PIECES,
     mergeable_ranks=known.tokens,
     special_tokens={{"<|endoftext|>": known.end_of_text}},
 )

@@ -21,7 +21,6 @@ from transformers import (
     GPT2LMHeadModel,
     GPT2PreTrainedModel,
     GPT2Tokenizer,
-    PreTrainedTokenizerFast,
 )
 from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.utils import logging
@@ -30,8 +29,8 @@ from interop.outputs import ConversionError
 from model import GPT
 from text.errors import DataError
 from text.instructions import GREETING, INTRODUCTION, TURN
-from text.tokenizer import OWN_PIECES, Tokenizer, format_ranks, gpt2_tokenizer
-from text.vocabulary import byte_characters, plain_pattern
+from text.tokenizer import Tokenizer, format_ranks, gpt2_tokenizer
+from text.vocabulary import byte_characters
 from training.checkpoint import FORMAT_VERSION, vocabulary_state
 
 if int(transformers.__version__.partition(".")[0]) < 5:
@@ -297,6 +296,7 @@ def read_vocabulary(folder: Path) -> Tokenizer:
         tokens = {
             b"".join(map(alphabet.__getitem__, token)): id
             for token, id in content["model"]["vocab"].items()
+            if token != SPECIAL_TOKEN
         }
         own = Tokenizer(format_ranks(tokens))
         # What it does with text has to be the same in all else, too.
@@ -371,22 +371,13 @@ def convert_errors(path: Path, action: str = "read") -> Iterator[None]:
         raise ConversionError(f"{path} cannot be {action}: {text}.") from error
 
 
-def new_tokenizer(tokenizer: Tokenizer, block_size: int) -> PreTrainedTokenizerFast:
+def new_tokenizer(tokenizer: Tokenizer, block_size: int) -> GPT2Tokenizer:
     """Return transformers' tokenizer with the ids of a tokenizer of ours.
 
     A literal <|endoftext|> in a text is the special token there, as its users expect.
     """
-    converter = TikTokenConverter(
-        pattern=plain_pattern(OWN_PIECES), extra_special_tokens=[SPECIAL_TOKEN]
-    )
+    converter = TikTokenConverter()
     converter.load_tiktoken_bpe = lambda _: tokenizer.tokens
-    if tokenizer.is_own:
-        return PreTrainedTokenizerFast(
-            tokenizer_object=converter.converted(),
-            model_max_length=block_size,
-            **dict.fromkeys(["bos_token", "eos_token", "pad_token"], SPECIAL_TOKEN),
-        )
-
     vocabulary, merges = converter.extract_vocab_merges_from_model("")
     return GPT2Tokenizer(
         vocab={**vocabulary, SPECIAL_TOKEN: tokenizer.end_of_text},

@@ -31,14 +31,23 @@ MIN_SIZE, MAX_SIZE = 257, 65_536
 # The encoding of such a vocabulary: its size, and a digest of its ranks.
 OWN_ENCODING = r"bpe-(\d+)-[0-9a-f]{12}"
 
-# GPT-2's pattern (Radford et al. 2019), as tiktoken writes it; gigatoken calls it r50k.
+# GPT-2's pattern (Radford et al. 2019), as tiktoken writes it. A line end and the indentation
+# behind it are one piece, and brackets stand apart from names.
 PIECES = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-# The pattern of cl100k_base, for vocabularies of your own: indentation is one piece, and line ends
-# go with the punctuation in front of them. gigatoken calls it gpt4.
-OWN_PIECES = (
-    r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"""
-    r"""|\s++$|\s*[\r\n]|\s+(?!\S)|\s"""
+
+# Letters and numbers that came with Unicode 17: gigatoken 0.10 knows them, tiktoken 0.13 does not.
+NEW_LETTERS = (
+    r"["
+    r"\x{88F}\x{C5C}\x{CDC}\x{A7CE}-\x{A7CF}\x{A7D2}\x{A7D4}\x{A7F1}\x{10940}-\x{10959}"
+    r"\x{10EC5}-\x{10EC7}\x{11DB0}-\x{11DDB}\x{11DE0}-\x{11DE9}\x{16EA0}-\x{16EB8}"
+    r"\x{16EBB}-\x{16ED3}\x{16FF2}-\x{16FF6}\x{187F8}-\x{187FF}\x{18D09}-\x{18D1E}"
+    r"\x{18D80}-\x{18DF2}\x{1E6C0}-\x{1E6DE}\x{1E6E0}-\x{1E6E2}\x{1E6E4}-\x{1E6E5}"
+    r"\x{1E6E7}-\x{1E6ED}\x{1E6F0}-\x{1E6F4}\x{1E6FE}-\x{1E6FF}\x{2B73A}-\x{2B73F}"
+    r"\x{2CEA2}-\x{2CEAD}\x{323B0}-\x{33479}"
+    r"]"
 )
+# The bytes that they begin with in UTF-8.
+NEW_LETTERS_LEADS = (0xE0, 0xEA, 0xF0)
 
 
 class Tokenizer:
@@ -64,7 +73,6 @@ class Tokenizer:
         self.vocabulary_size = len(self.tokens) + 1
         self.is_own = digest != RANKS_SHA256
         self.encoding = f"bpe-{self.vocabulary_size}-{digest[:12]}" if self.is_own else GPT2
-        self.pattern = OWN_PIECES if self.is_own else PIECES
 
     def __reduce__(self):
         return Tokenizer, (self.ranks,)
@@ -73,7 +81,7 @@ class Tokenizer:
     def tiktoken(self) -> tiktoken.Encoding:
         return tiktoken.Encoding(
             self.encoding,
-            pat_str=self.pattern,
+            pat_str=PIECES,
             mergeable_ranks=self.tokens,
             special_tokens={"<|endoftext|>": self.end_of_text},
         )
@@ -90,8 +98,7 @@ class Tokenizer:
         with tempfile.NamedTemporaryFile("w") as file:
             file.write(self.ranks)
             file.flush()
-            scheme = "gpt4" if self.is_own else "r50k"
-            return gigatoken.Tokenizer.from_tiktoken(file.name, scheme, {})
+            return gigatoken.Tokenizer.from_tiktoken(file.name, "r50k", {})
 
     @functools.cached_property
     def token_sizes(self) -> np.ndarray:
@@ -118,8 +125,7 @@ class Tokenizer:
         import regex
 
         # As in tiktoken, \s is exactly what Unicode calls white space.
-        pattern = self.pattern.replace(r"[^\s", r"[^\p{White_Space}")
-        pattern = re.sub(r"\\s", r"\\p{White_Space}", pattern).replace(r"\S", r"\P{White_Space}")
+        pattern = PIECES.replace(r"\s", r"\p{White_Space}").replace(r"\S", r"\P{White_Space}")
         pieces = regex.findall(pattern, text, regex.V1)
         tokens = [self.tiktoken._encode_single_piece(piece) for piece in pieces]
         return np.concatenate(tokens).astype(TOKEN_TYPE)
@@ -141,7 +147,11 @@ class Tokenizer:
         counts, tokens = awkward.num, awkward.flatten
         ragged = self.gigatoken.encode_batch(as_awkward(texts), parallel=False)
         ends = np.cumsum(np.asarray(counts(ragged)))
-        return np.split(np.asarray(tokens(ragged)).astype(TOKEN_TYPE), ends[:-1])
+        documents = np.split(np.asarray(tokens(ragged)).astype(TOKEN_TYPE), ends[:-1])
+        for number in with_new_letters(texts):
+            documents[number] = self.encode(texts[number].as_py())
+
+        return documents
 
     def decode(self, tokens: Iterable[int]) -> str:
         """Turn token ids back into text; bytes that are no character become U+FFFD."""
@@ -218,6 +228,23 @@ def load_tokenizer(encoding: object, ranks: object) -> Tokenizer:
         raise DataError("the vocabulary is damaged: its digest is another one")
 
     return tokenizer
+
+
+def with_new_letters(texts) -> list[int]:
+    """Return which texts hold NEW_LETTERS.
+
+    Args:
+        texts: pyarrow.LargeStringArray.
+    """
+    import pyarrow.compute
+
+    content = np.frombuffer(texts.buffers()[2] or b"", np.uint8)
+    # Nearly always this is enough, and twice as fast.
+    if not any((content == lead).any() for lead in NEW_LETTERS_LEADS):
+        return []
+
+    found = pyarrow.compute.match_substring_regex(texts, NEW_LETTERS)
+    return np.flatnonzero(found.to_numpy(zero_copy_only=False)).tolist()
 
 
 def as_awkward(texts):

@@ -7,7 +7,6 @@ on: the same text gives the same vocabulary, whatever the number of processes.
 import hashlib
 import json
 import math
-import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from text.prepared import is_same_text, state_of_text
 from text.readers import Reader
 from text.sources import Source
 from text.splits import TEST_SHARES, place_hash
-from text.tokenizer import GPT2_SIZE, OWN_PIECES, Tokenizer, format_ranks, gpt2_tokenizer
+from text.tokenizer import GPT2_SIZE, Tokenizer, format_ranks, gpt2_tokenizer
 
 FORMAT_VERSION = 1
 # Bytes of text that a vocabulary is trained on, about; of a large corpus a sample.
@@ -178,12 +177,8 @@ def merge(texts: Iterator[str], num_tokens: int) -> dict[bytes, int]:
     from tokenizers import models, pre_tokenizers, trainers
 
     model = tokenizers.Tokenizer(models.BPE())
-    model.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(tokenizers.Regex(plain_pattern(OWN_PIECES)), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    # It has GPT-2's pattern built in.
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = byte_characters()
     trainer = trainers.BpeTrainer(
         vocab_size=num_tokens, initial_alphabet=[*alphabet], show_progress=False
@@ -193,11 +188,6 @@ def merge(texts: Iterator[str], num_tokens: int) -> dict[bytes, int]:
         b"".join(alphabet[character] for character in token): rank
         for token, rank in model.get_vocab().items()
     }
-
-
-def plain_pattern(pattern: str) -> str:
-    """Write a pattern of tiktoken for Oniguruma, where possessive quantifiers are others."""
-    return re.sub(r"([+*?]|\{1,3\})\+", r"\1", pattern).replace("$", r"\z")
 
 
 def byte_characters() -> dict[str, bytes]:
