@@ -375,6 +375,11 @@ def is_sharded(value: object) -> "TypeGuard[DTensor]":
     return hasattr(value, "full_tensor")
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """Gather a sharded tensor; all processes have to call it."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
 def own_part(tensor: Tensor) -> Tensor:
     """Return what this process has of a tensor."""
     return tensor.to_local() if is_sharded(tensor) else tensor
@@ -412,8 +417,7 @@ def shard_like(tensor: Tensor, model: Tensor) -> Tensor:
 
 def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     """Clip the norm of the gradient to max_norm; return the norm before."""
-    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    return norm.full_tensor() if is_sharded(norm) else norm
+    return whole(nn.utils.clip_grad_norm_(model.parameters(), max_norm))
 
 
 def are_finite(tensors: Iterable[Tensor]) -> bool:

@@ -1,6 +1,5 @@
 """Updates the weights: AdamW, or Muon with AdamW, on any number of processes; the schedule."""
 
-import functools
 import itertools
 import math
 from collections.abc import Iterable, Sequence
@@ -37,9 +36,11 @@ class Optimizers:
         kinds = weights_by_kind(model)
 
         self.parts: list[Optimizer] = []
+        # All weights, for what is done to their gradients.
+        self.weights = Optimizer([w for weights in kinds.values() for w in weights], {})
         self.uses_zero = world.size > 1 and not world.has_sharded_weights
         if world.size > 1:
-            from training.sharding import ShardedMuon, ZeroOptimizer
+            from training.sharding import ShardedMuon, ZeroAdamW
 
         betas = (0.9, 0.95)
         decays = dict.fromkeys(kinds, 0.0)
@@ -53,11 +54,8 @@ class Optimizers:
                 for kind, matrices in split_hidden(model, kinds.pop("hidden")).items()
                 if matrices
             ]
-            if world.has_sharded_weights:
+            if world.size > 1:
                 self.parts.append(ShardedMuon(groups, dtype, world))
-            elif self.uses_zero:
-                muon = functools.partial(Muon, dtype=dtype)
-                self.parts.append(ZeroOptimizer(groups, muon, is_elementwise=False))
             else:
                 self.parts.append(Muon(groups, dtype))
         else:
@@ -70,18 +68,14 @@ class Optimizers:
         options: dict = {"betas": betas, "fused": world.device.type in ("cpu", "cuda")}
         if groups := [group for group in groups if group["params"]]:
             if self.uses_zero:
-                self.parts.append(ZeroOptimizer(groups, AdamW, is_elementwise=True, **options))
+                self.parts.append(ZeroAdamW(groups, world, **options))
             else:
                 self.parts.append(AdamW(groups, **options))
 
     def unscale(self, scaler: torch.amp.GradScaler) -> None:
-        for part in self.parts:
-            if self.uses_zero:
-                part.take_gradients()  # type: ignore[attr-defined]
+        scaler.unscale_(self.weights)
 
-            scaler.unscale_(part)
-
-    def step(self, scaler: torch.amp.GradScaler, learning_rate: float, step: int) -> None:
+    def step(self, learning_rate: float, step: int) -> None:
         """Update the weights.
 
         Args:
@@ -93,17 +87,17 @@ class Optimizers:
                 if "momentum" in group:
                     group["momentum"] = momentum(step)
 
-            scaler.step(part)
+            part.step()
 
     def zero_grad(self) -> None:
-        for part in self.parts:
-            part.zero_grad(set_to_none=True)
+        # In DDP gradients are views of the buckets that are sent; None would allocate new ones.
+        self.weights.zero_grad(set_to_none=not self.uses_zero)
 
     @property
     def num_bytes(self) -> int:
         """The bytes of the optimizer state that this process holds."""
-        states = [getattr(part, "optim", part).state for part in self.parts]
-        tensors = [t for state in states for values in state.values() for t in values.values()]
+        states = [state for part in self.parts for state in part.state.values()]
+        tensors = [tensor for state in states for tensor in state.values()]
         return sum(own_part(tensor).nbytes for tensor in tensors)
 
     def state_dict(self) -> list[dict]:
@@ -134,7 +128,7 @@ def regroup(saved: dict, optimizer: Optimizer) -> dict:
         ValueError: when the number of weights differs.
     """
     groups = saved["param_groups"]
-    sizes = getattr(optimizer, "group_sizes", [len(g["params"]) for g in optimizer.param_groups])
+    sizes = [len(group["params"]) for group in optimizer.param_groups]
     num_saved = sum(len(group["params"]) for group in groups)
     if num_saved != sum(sizes):
         raise ValueError(f"the state of {num_saved} weights was saved, here are {sum(sizes)}")

@@ -139,7 +139,7 @@ class Trainer:
         self.check_finite(loss, norm)
         self.is_updating = True
         if math.isfinite(norm):
-            self.optimizers.step(self.scaler, self.schedule(self.step), self.step)
+            self.optimizers.step(self.schedule(self.step), self.step)
             self.scaler.update()
         else:
             # One process may have overflowed alone: all scales go down together.

@@ -95,7 +95,7 @@ def test_steps_go_by_the_width_of_the_model_and_the_length_of_the_run(
             left.grad = torch.randn_like(left)
             right.grad = left.grad.clone()
 
-        optimizers.step(torch.amp.GradScaler(enabled=False), 1e-3, first_step + number)
+        optimizers.step(1e-3, first_step + number)
 
         for each in theirs:
             each.step()
