@@ -1,12 +1,11 @@
 """Updates the weights: AdamW, or Muon with AdamW, on any number of processes; the schedule."""
 
-import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from system.distributed import World, own_part, shard_like, unshard
@@ -33,44 +32,38 @@ class Optimizers:
         dtype: torch.dtype = torch.float32,
         factors: dict[str, float] | None = None,
     ):
-        kinds = weights_by_kind(model)
-
-        self.parts: list[Optimizer] = []
+        is_muon = name == "muon"
+        kinds = weights_by_kind(model, is_muon)
+        muon_kinds = ("hidden", "residual") if is_muon else ()
+        decayed = muon_kinds or [kind for kind in kinds if kind != "vectors"]
+        factors = factors if factors and is_muon else {}
+        groups = {
+            kind: {
+                "params": weights,
+                "weight_decay": weight_decay if kind in decayed else 0.0,
+                "factor": factors.get(kind, 1.0),
+            }
+            for kind, weights in kinds.items()
+            if weights
+        }
         # All weights, for what is done to their gradients.
         self.weights = Optimizer([w for weights in kinds.values() for w in weights], {})
+        self.parts: list[Optimizer] = []
         self.uses_zero = world.size > 1 and not world.has_sharded_weights
         if world.size > 1:
             from training.sharding import ShardedMuon, ZeroAdamW
 
-        betas = (0.9, 0.95)
-        decays = dict.fromkeys(kinds, 0.0)
-        factors = factors if factors and name == "muon" else {}
-        if name == "muon":
-            # Beside Muon, AdamW learns more with a shorter memory of directions and a longer one of
-            # sizes, see benchmarks/README.md.
-            betas = (0.8, 0.99)
-            groups = [
-                {"params": matrices, "weight_decay": weight_decay, "factor": factors.get(kind, 1.0)}
-                for kind, matrices in split_hidden(model, kinds.pop("hidden")).items()
-                if matrices
-            ]
-            if world.size > 1:
-                self.parts.append(ShardedMuon(groups, dtype, world))
-            else:
-                self.parts.append(Muon(groups, dtype))
-        else:
-            decays |= {kind: weight_decay for kind in kinds if kind != "vectors"}
+        if own := [group for kind, group in groups.items() if kind in muon_kinds]:
+            is_single = world.size == 1
+            self.parts.append(Muon(own, dtype) if is_single else ShardedMuon(own, dtype, world))
 
-        groups = [
-            {"params": weights, "weight_decay": decays[kind], "factor": factors.get(kind, 1.0)}
-            for kind, weights in kinds.items()
-        ]
+        # Beside Muon, AdamW learns more with a shorter memory of directions and a longer one of
+        # sizes, see benchmarks/README.md.
+        betas = (0.8, 0.99) if is_muon else (0.9, 0.95)
         options: dict = {"betas": betas, "fused": world.device.type in ("cpu", "cuda")}
-        if groups := [group for group in groups if group["params"]]:
-            if self.uses_zero:
-                self.parts.append(ZeroAdamW(groups, world, **options))
-            else:
-                self.parts.append(AdamW(groups, **options))
+        if rest := [group for kind, group in groups.items() if kind not in muon_kinds]:
+            adamw = ZeroAdamW(rest, world, **options) if self.uses_zero else AdamW(rest, **options)
+            self.parts.append(adamw)
 
     def unscale(self, scaler: torch.amp.GradScaler) -> None:
         scaler.unscale_(self.weights)
@@ -113,74 +106,27 @@ class Optimizers:
         Raises:
             ValueError: when it comes from other optimizers.
         """
-        if len(states) != len(self.parts):
-            raise ValueError(f"{len(states)} optimizers were saved, here are {len(self.parts)}")
-
         for part, state in zip(self.parts, states, strict=True):
-            state = regroup(state, part)
+            groups = [
+                # The factors stay those that the run began with, whatever step_factors returns now.
+                {**group, "params": saved["params"], "factor": saved.get("factor", 1.0)}
+                for group, saved in zip(part.param_groups, state["param_groups"], strict=True)
+            ]
+            state = {**state, "param_groups": groups}
             part.load_state_dict(shard_state(state, part) if isinstance(part, AdamW) else state)
 
 
-def regroup(saved: dict, optimizer: Optimizer) -> dict:
-    """Fit a saved state to the groups of an optimizer, which has the settings of this run.
-
-    Raises:
-        ValueError: when the number of weights differs.
-    """
-    groups = saved["param_groups"]
-    sizes = [len(group["params"]) for group in optimizer.param_groups]
-    num_saved = sum(len(group["params"]) for group in groups)
-    if num_saved != sum(sizes):
-        raise ValueError(f"the state of {num_saved} weights was saved, here are {sum(sizes)}")
-
-    order = list(range(num_saved))
-
-    # Early checkpoints have all matrices in one group of Muon, in the order of the network: one
-    # that reads the residual stream, one that writes to it, and so on.
-    if "momentum" in optimizer.param_groups[0] and len(groups) < len(sizes):
-        order = order[::2] + order[1::2]
-
-    # A resumed run keeps the factors that it began with, whatever step_factors returns now.
-    factors = [group.get("factor", 1.0) for group in groups for _ in group["params"]]
-    numbers = iter(range(num_saved))
-    shares = [list(itertools.islice(numbers, size)) for size in sizes]
-    return {
-        "state": {
-            new: saved["state"][old] for new, old in enumerate(order) if old in saved["state"]
-        },
-        "param_groups": [
-            {**group, "params": share, "factor": factors[order[share[0]]]}
-            for group, share in zip(optimizer.param_groups, shares, strict=True)
-        ],
-    }
-
-
-def weights_by_kind(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """Sort trained weights by kind: hidden matrices, embeddings, positions and vectors."""
-    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+def weights_by_kind(model: nn.Module, is_muon: bool) -> dict[str, list[nn.Parameter]]:
+    """Sort trained weights by kind, as in step_factors; AdamW has all hidden matrices in one."""
     kinds: dict[str, list[nn.Parameter]] = {
-        kind: [] for kind in ("hidden", "embeddings", "positions", "vectors")
+        kind: [] for kind in ("hidden", "residual", "embeddings", "positions", "vectors")
     }
+    tables = {"token_embeddings.weight": "embeddings", "position_embeddings.weight": "positions"}
     for name, weight in model.named_parameters():
+        is_residual = is_muon and name.endswith("output.weight")
+        kind = tables.get(name, "residual" if is_residual else "hidden")
         if weight.requires_grad:
-            if weight.ndim != 2:
-                kind = "vectors"
-            elif id(weight) not in tables:
-                kind = "hidden"
-            else:
-                kind = "positions" if name == "position_embeddings.weight" else "embeddings"
-
-            kinds[kind].append(weight)
-
-    return kinds
-
-
-def split_hidden(model: nn.Module, matrices: Iterable[Tensor]) -> dict[str, list[Tensor]]:
-    """Divide hidden matrices into those that write to the residual stream and the others."""
-    writers = {id(w) for name, w in model.named_parameters() if name.endswith("output.weight")}
-    kinds: dict[str, list[Tensor]] = {"hidden": [], "residual": []}
-    for matrix in matrices:
-        kinds["residual" if id(matrix) in writers else "hidden"].append(matrix)
+            kinds[kind if weight.ndim == 2 else "vectors"].append(weight)
 
     return kinds
 
@@ -188,8 +134,7 @@ def split_hidden(model: nn.Module, matrices: Iterable[Tensor]) -> dict[str, list
 def step_factors(width: int, num_updates: int) -> dict[str, float]:
     """Return the factor of the learning rate for each kind of weights, in pre-training with Muon.
 
-    The kinds are those of weights_by_kind; `residual` are the hidden matrices that write to the
-    residual stream.
+    `residual` are the hidden matrices that write to the residual stream.
 
     With them one rate, 5e-4, serves any width D: a step should change the output of a layer as much
     in a wide model as in a narrow one (Yang et al. 2022, muP). An update of Muon with the root
