@@ -95,7 +95,8 @@ def main(argv: list[str] | None = None) -> int:
             base_loss = test_base(trainer, data)
 
         metadata = checkpoint_metadata(settings, data, base, base_loss)
-        with Run(settings, trainer, data, writer, metadata) as run:
+        run = Run(settings, trainer, data, writer, metadata)
+        with run.saved_on_exit():
             for epoch in run.epochs():
                 for batches in run.updates(epoch):
                     trainer.update(batches)

@@ -130,7 +130,8 @@ def main(argv: list[str] | None = None) -> int:
             return 0
 
         metadata = checkpoint_metadata(settings, corpus)
-        with Run(settings, trainer, corpus, writer, metadata) as run:
+        run = Run(settings, trainer, corpus, writer, metadata)
+        with run.saved_on_exit():
             for epoch in run.epochs():
                 for batches in run.updates(epoch):
                     trainer.update(batches)

@@ -637,8 +637,8 @@ MUTATIONS = [
         "An error that nobody expected",
         ("training/test_launch", "nobody_expected"),
         "training/run.py",
-        "                    self.rescue()\n                    raise\n",
-        "                    raise\n",
+        "                self.rescue()\n                raise\n",
+        "                raise\n",
         "the updates since the last checkpoint are lost",
     ),
     Mutation(

@@ -16,6 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 
+import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
@@ -173,9 +174,7 @@ class Launch:
             return 1, world.describe_lost_process(lambda: False)
 
         if is_out_of_memory(error):
-            # Batches come later, in Trainer.stoppable.
-            shortage = describe_shortage(error, world.device, "the model")
-            return 1, f"{shortage}; take a smaller one, or a device with more memory."
+            return 1, advise_on_memory(error, world.device, self.settings)
 
         if world.size == 1:
             raise error
@@ -198,6 +197,18 @@ def wait_for_last_write(writer: CheckpointWriter) -> None:
         writer.wait()
     except Exception as error:  # whatever it is, what ended the run comes first
         tqdm.write(f"Note:   {error}", file=sys.stderr)
+
+
+def advise_on_memory(error: BaseException, device: torch.device, settings: Settings) -> str:
+    """Return a message that names the flags which save memory."""
+    size = settings.batch_size
+    shortage = describe_shortage(error, device, f"the model and a batch of {size}")
+    cures = ["halve --batch_size and double --gradient_accumulation_steps"] * (size > 1)
+    if not getattr(settings, "activation_checkpointing", True):
+        cures.append("add --activation_checkpointing")
+
+    cures.append("take a smaller model, or a device with more memory")
+    return f"{shortage}; {', or '.join(cures)}."
 
 
 def shared_flags(settings: Settings) -> dict:

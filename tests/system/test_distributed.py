@@ -444,7 +444,7 @@ model.GPT.forward = faulty
     [
         (
             "torch.OutOfMemoryError('no memory')",
-            "error: cpu is out of memory for a batch of 2; halve",
+            "error: cpu is out of memory for the model and a batch of 2; halve",
         ),
         ("OSError(5, 'Input/output error')", "error: [Errno 5] Input/output error"),
         ("KeyError('surprise')", "Traceback (most recent call last):"),
