@@ -21,14 +21,9 @@ from training.arguments import (
     Parser,
     Settings,
     UsageError,
-    add_batches,
-    add_device,
     add_flag,
-    add_intervals,
-    add_optimizer,
-    add_outputs,
-    add_processes,
-    add_seed,
+    add_recipe,
+    add_run,
     check_accumulation,
     dropout_float,
     path_str,
@@ -103,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
 
                 run.finish(epoch)
 
-        conclude_fine_tuning(settings, trainer, build_parser(), base_loss)
+        conclude_fine_tuning(settings, trainer, base_loss)
 
     return job.status
 
@@ -251,20 +246,17 @@ def build_parser() -> Parser:
     add("--alpha", type=positive_float, default=2.0, help="Factor of the adapter's output.")
     add("--dropout", type=dropout_float, default=0.1, help="Dropout on the adapter's inputs.")
 
-    add = parser.add_argument_group("recipe").add_argument
-    add_batches(add)
+    add = add_recipe(parser)
     add("--num_epochs", type=positive_int, default=4, help="Passes over the training rows.")
-    add_optimizer(add)
-    add("--learning_rate", type=positive_float, default=5e-4, help="Peak of the learning rate.")
-    add_seed(add)
 
-    add = parser.add_argument_group("run").add_argument
-    add_outputs(add, "./out/lora.pt", "./out/fine-tune.csv")
-    add_intervals(add, evaluation=1, checkpoint=1)
-    add_flag(add, "--resume", False, "Resume from the checkpoint.")
-    add_device(add, "the frozen weights and the matrix products")
-    add_processes(add)
-    add_flag(add, "--compile", True, "Compile the network, where a compiler works.")
+    add_run(
+        parser,
+        "the frozen weights and the matrix products",
+        checkpoint_path="./out/lora.pt",
+        metrics_path="./out/fine-tune.csv",
+        eval_interval=1,
+        checkpoint_interval=1,
+    )
     return parser
 
 

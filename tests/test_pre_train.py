@@ -367,12 +367,11 @@ def test_evaluation_and_saving_do_not_touch_the_run(pre_train, small, folders):
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
-def test_epoch_of_no_whole_number_of_updates(pre_train, small, folders, capsys):
+def test_epoch_of_no_whole_number_of_updates(pre_train, small, folders):
     left, right = folders
     pre_train.main(small(out=left))
     pre_train.main(small("--samples_per_epoch=15", out=right))
 
-    assert "an epoch holds whole updates only" in capsys.readouterr().out
     assert_same_run(left / "checkpoint.pt", right / "checkpoint.pt")
 
 

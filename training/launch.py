@@ -11,7 +11,6 @@ import contextlib
 import os
 import sys
 import traceback
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -94,7 +93,8 @@ class Launch:
 
         # One process speaks for all.
         if not world.is_first:
-            self.stack.enter_context(silenced())
+            silence = self.stack.enter_context(open(os.devnull, "w"))  # noqa: SIM115
+            self.stack.enter_context(contextlib.redirect_stdout(silence))
 
         check_compiler_cache(settings.compile)
         world.connect()
@@ -183,12 +183,6 @@ class Launch:
             traceback.print_exception(error)
 
         return 1, ""
-
-
-@contextlib.contextmanager
-def silenced() -> Iterator[None]:
-    with open(os.devnull, "w") as silence, contextlib.redirect_stdout(silence):
-        yield
 
 
 def wait_for_last_write(writer: CheckpointWriter) -> None:

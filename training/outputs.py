@@ -31,7 +31,7 @@ def written_by(checkpoint_path: str) -> list[Path]:
 
 
 def metrics_files(metrics_path: str) -> list[Path]:
-    """Return all files that a run with this --metrics_path writes: its table, then the others."""
+    """Return all files that a run with this --metrics_path writes."""
     table = Path(metrics_path).resolve()
     picture = picture_path(Path(metrics_path)).resolve()
     return [table, picture, *map(temporary_path, (table, picture)), lock_path(table)]
@@ -51,20 +51,10 @@ def name_pattern(path: Path) -> str:
 
 def check_outputs(settings: Settings) -> None:
     """Raise UsageError when metrics, picture and checkpoint would overwrite each other."""
-    table, *others = metrics_files(settings.metrics_path)
     checkpoints = written_by(settings.checkpoint_path)
-    if table in checkpoints:
-        raise UsageError("--metrics_path: this is the path of a checkpoint")
-
-    for file in others:
+    for file in metrics_files(settings.metrics_path):
         if file in checkpoints:
-            raise UsageError(f"--metrics_path: {file.name} beside it is the path of a checkpoint")
-
-    if Path(settings.metrics_path).suffix.lower() == ".svg":
-        raise UsageError(
-            "--metrics_path must not end in .svg, as the picture of the table does;"
-            f" {settings.metrics_path} given"
-        )
+            raise UsageError(f"--metrics_path: {file.name} is the path of a checkpoint")
 
 
 # --- Before a run writes them ---
