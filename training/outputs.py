@@ -40,13 +40,11 @@ def metrics_files(metrics_path: str) -> list[Path]:
 def names_by_folder(settings: Settings) -> tuple[tuple[Path, str], ...]:
     """Return the folders that a run writes to, and a regular expression of its names in each."""
     checkpoint, table = Path(settings.checkpoint_path), Path(settings.metrics_path)
-    names = [(path, name_pattern(path)) for path in (checkpoint, table, picture_path(table))]
-    return tuple((path.resolve().parent, pattern) for path, pattern in names)
-
-
-def name_pattern(path: Path) -> str:
-    """Match the name of a file, of earlier ones of it, and of what is temporary."""
-    return rf"{re.escape(path.stem)}(\..+)?{re.escape(path.suffix)}(\..+)?"
+    # Also earlier files of the same name, and what is temporary.
+    return tuple(
+        (path.resolve().parent, rf"{re.escape(path.stem)}(\..+)?{re.escape(path.suffix)}(\..+)?")
+        for path in (checkpoint, table, picture_path(table))
+    )
 
 
 def check_outputs(settings: Settings) -> None:

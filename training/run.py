@@ -58,6 +58,8 @@ class Run:
         self.writer = writer
         self.metadata = metadata
         self.flops_per_token = trainer.model.flops_per_token(data.mean_length)
+        # The sources with a column of their own; a single source needs none.
+        self.columns = data.sources if len(data.sources) > 1 else []
         self.saved_step = trainer.step
         # Only on the first process, and only once it trains.
         self.metrics: MetricsFile | None = None
@@ -70,7 +72,12 @@ class Run:
             Interrupted: on leaving, when a signal has come.
             LostProcessError: when another process is lost.
         """
-        self.set_earlier_run_aside()
+        table = Path(self.settings.metrics_path)
+        if self.world.is_first and not self.settings.resume:
+            aside = set_aside(self.writer.path, table, picture_path(table))
+            if aside:
+                print(f"Kept:   an earlier run, as {aside}")
+
         self.world.mark_started()
         with self.trainer.stoppable():
             try:
@@ -98,14 +105,6 @@ class Run:
                 raise
 
             self.close()
-
-    def set_earlier_run_aside(self) -> None:
-        table = Path(self.settings.metrics_path)
-        if self.settings.resume or not self.world.is_first:
-            return
-
-        if aside := set_aside(self.writer.path, table, picture_path(table)):
-            print(f"Kept:   an earlier run, as {aside}")
 
     # --- Epochs and updates ---
 
@@ -161,12 +160,6 @@ class Run:
         # Only the first process knows whether a save has failed; if so, save now.
         if self.world.max(is_due or self.writer.has_failed):
             self.save(is_best)
-
-    @property
-    def columns(self) -> list[str]:
-        """The sources with a column of their own; a single source needs none."""
-        names = list(self.data.sources)
-        return names if len(names) > 1 else []
 
     # --- What is saved ---
 
