@@ -87,7 +87,9 @@ def main(argv: list[str] | None = None) -> int:
         compiled = compile_model(model, world.device, settings.compile, is_dynamic=True)
         describe_fine_tuning(settings, trainer, data, compiled)
         if base_loss is None:
-            base_loss = test_base(trainer, data)
+            # An untrained adapter adds zero.
+            with trainer.stoppable():
+                base_loss = data.mean_loss(trainer.test(data))
 
         metadata = checkpoint_metadata(settings, data, base, base_loss)
         run = Run(settings, trainer, data, writer, metadata)
@@ -169,12 +171,6 @@ def build_trainer(settings: Settings, model: GPT, data: InstructionData, world: 
         peak_rate=total_matmul_rate(world, settings.precision),
         trained="lora",
     )
-
-
-def test_base(trainer: Trainer, data: InstructionData) -> float:
-    """Return the test loss of the base model: an untrained adapter adds zero."""
-    with trainer.stoppable():
-        return data.mean_loss(trainer.test(data))
 
 
 def checkpoint_metadata(

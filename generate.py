@@ -24,8 +24,6 @@ from training.arguments import (
     share_float,
 )
 
-PROMPT_MARK = "> "
-
 
 def build_parser() -> Parser:
     parser = Parser(prog="generate.py", description=__doc__)
@@ -146,7 +144,8 @@ class TextGenerator:
 
         precision = resolve_precision(device) if args.precision == "auto" else args.precision
         self.model = model.to(device, PRECISIONS[precision]).eval()
-        name = f"{path} with {lora_path}" if self.is_tuned else str(path)
+        self.uses_template = self.introduction is not None and not args.raw
+        name = str(path) if self.introduction is None else f"{path} with {lora_path}"
         note(
             f"{name}: {model.num_parameters:,} parameters, context {model.block_size}, on"
             f" {device} in {precision}, --seed={self.seed}"
@@ -188,14 +187,6 @@ class TextGenerator:
             f" tokens/s, the first after {first_after:.2f} s"
         )
         self.num_answers += 1
-
-    @property
-    def is_tuned(self) -> bool:
-        return self.introduction is not None
-
-    @property
-    def uses_template(self) -> bool:
-        return self.is_tuned and not self.args.raw
 
     def tokens(self, prompt: str) -> list[int]:
         """Tokenize a prompt: its last block_size tokens, or end-of-text for an empty one."""
@@ -250,7 +241,7 @@ def read_piped_prompt() -> str:
 def ask() -> str | None:
     """Ask for a prompt on the terminal; None when there are no more."""
     try:
-        return input(PROMPT_MARK)
+        return input("> ")
     except EOFError:
         print()
         return None

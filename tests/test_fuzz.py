@@ -18,6 +18,7 @@ import pytest
 from faults import with_right_checksum
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from small_trainers import lora_state_dict
 
 from model import GPT
 from text.damage import Damage
@@ -33,7 +34,7 @@ from training.checkpoint import (
     merge_lora_checkpoint,
     save_checkpoint,
 )
-from training.lora import add_lora, lora_state_dict
+from training.lora import add_lora
 
 # --- Command lines ---
 

@@ -41,11 +41,7 @@ class CheckpointError(Exception):
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of a run in the background, one after the other.
-
-    Args:
-        locks: of the files of the run.
-    """
+    """Writes the checkpoints of a run in the background, one after the other."""
 
     def __init__(self, path: Path, locks: Sequence[Lock] = ()):
         self.path = path
@@ -267,10 +263,7 @@ def verify_checksum(path: Path) -> None:
 
 
 def build_model(state: dict, path: Path) -> GPT:
-    """Build the network of a checkpoint, with its weights.
-
-    Args:
-        state: what load_checkpoint has read from path.
+    """Build the network of a checkpoint that was read from path, with its weights.
 
     Raises:
         CheckpointError: when it belongs to another tokenizer, or describes no valid model.
@@ -346,10 +339,7 @@ def merge_adapter(model: GPT, path: Path, is_needed: bool) -> str | None:
 
 
 def merge_lora_checkpoint(model: GPT, state: dict, path: Path) -> None:
-    """Add an adapter to the weights of its base.
-
-    Args:
-        state: what load_checkpoint has read from path.
+    """Add an adapter that was read from path to the weights of its base.
 
     Raises:
         CheckpointError: when it was trained on another base, or does not fit.

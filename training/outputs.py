@@ -60,10 +60,7 @@ def check_outputs(settings: Settings) -> None:
 
 @contextlib.contextmanager
 def claimed(path: Path, flag: str) -> Iterator[Lock]:
-    """Hold the lock of an output file, and prove that it can be written.
-
-    Args:
-        flag: the flag that named the file.
+    """Hold the lock of an output file that flag named, and prove that it can be written.
 
     Raises:
         CheckpointError: when it cannot be written, or another process is writing it.
@@ -86,10 +83,7 @@ def claimed(path: Path, flag: str) -> Iterator[Lock]:
 
 
 def lock_output(path: Path, flag: str) -> Lock:
-    """Take the lock of an output path.
-
-    Args:
-        flag: the flag that named the path.
+    """Take the lock of an output path that flag named.
 
     Raises:
         CheckpointError: when another process is writing it.

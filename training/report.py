@@ -104,11 +104,7 @@ def conclude_pre_training(settings: Settings, trainer: Trainer) -> None:
 
 
 def conclude_fine_tuning(settings: Settings, trainer: Trainer, base_loss: float) -> None:
-    """Say what was learned, and which command comes next.
-
-    Args:
-        base_loss: the test loss of the base.
-    """
+    """Say what was learned, and which command comes next."""
     row = trainer.metrics[-1]
     is_stdlib = settings.dataset == "stdlib"
     prompt = "read(path): Read a file and return its text." if is_stdlib else None

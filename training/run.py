@@ -39,7 +39,6 @@ class Run:
     """The remaining epochs of a run.
 
     Args:
-        writer: writes the checkpoints of the run.
         metadata: what a checkpoint holds beside the state of the trainer.
     """
 
