@@ -88,14 +88,9 @@ def main(argv: list[str] | None = None) -> int:
 
     check_compiler_cache(is_wanted=False)
     limit_threads()
-    purpose, cure = "the model", "take a smaller one, or a device with more memory"
     try:
         device = resolve_device(args.device if "device" in args.given else None)
         generator = TextGenerator(args, device, "lora_path" in args.given)
-        purpose, cure = "the text", "take a smaller model"
-        if args.num_samples > 1:
-            purpose, cure = f"{args.num_samples} samples side by side", "lower --num_samples"
-
         answer_all(args, generator)
     except ValueError as error:
         return fail(error, status=2)
@@ -110,7 +105,9 @@ def main(argv: list[str] | None = None) -> int:
         if not is_out_of_memory(error):
             raise
 
-        return fail(f"{describe_shortage(error, device, purpose)}; {cure}.")
+        shortage = describe_shortage(error, device, "the model and the text")
+        cure = "lower --num_samples, or " * (args.num_samples > 1)
+        return fail(f"{shortage}; {cure}take a smaller model, or a device with more memory.")
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130

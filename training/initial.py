@@ -8,8 +8,7 @@ from model import GPT
 from text.tokenizer import VOCABULARY_SIZE
 from training.arguments import Settings, UsageError
 from training.checkpoint import MODEL_KEYS, CheckpointError, build_model, load_checkpoint
-
-SIZES = ("block_size", "embedding_dimensions", "num_attention_heads", "num_hidden_layers")
+from training.recipe import SIZES
 
 
 def load_initial_weights(

@@ -66,7 +66,7 @@ def claimed(path: Path, flag: str) -> Iterator[Lock]:
         CheckpointError: when it cannot be written, or another process is writing it.
     """
     with contextlib.ExitStack() as stack:
-        with convert_write_errors(path):
+        try:
             if path.is_dir():
                 raise IsADirectoryError(errno.EISDIR, "Is a directory")
 
@@ -78,6 +78,10 @@ def claimed(path: Path, flag: str) -> Iterator[Lock]:
             # Also what a killed run has left.
             for name in (path, previous_path(path), best_path(path)):
                 temporary_path(name).unlink(missing_ok=True)
+        except OSError as error:
+            raise CheckpointError(
+                f"{path} cannot be written: {error.strerror}. Choose another path."
+            ) from error
 
         yield lock
 
@@ -99,17 +103,6 @@ def lock_output(path: Path, flag: str) -> Lock:
     except HeldError as error:
         raise CheckpointError(
             f"{path} is being written by {error}; end it, or choose another {flag}."
-        ) from error
-
-
-@contextlib.contextmanager
-def convert_write_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError into a CheckpointError that names the path."""
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(
-            f"{path} cannot be written: {error.strerror}. Choose another path."
         ) from error
 
 

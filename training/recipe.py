@@ -4,11 +4,12 @@ from text.tokenizer import VOCABULARY_SIZE
 from training.arguments import Settings
 from training.optimizers import Schedule
 
+SIZES = ("block_size", "embedding_dimensions", "num_attention_heads", "num_hidden_layers")
+
 
 def model_args(settings: Settings) -> dict:
     """Return what decides the shapes of the weights, by the names of GPT's arguments."""
-    sizes = ("block_size", "embedding_dimensions", "num_attention_heads", "num_hidden_layers")
-    return {"vocabulary_size": VOCABULARY_SIZE, **settings.select((*sizes, "bias"))}
+    return {"vocabulary_size": VOCABULARY_SIZE, **settings.select((*SIZES, "bias"))}
 
 
 def samples_per_update(settings: Settings) -> int:
