@@ -22,6 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from system.memory import map_tensors
+
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
@@ -390,17 +392,15 @@ def unshard(value):
 
     All processes have to call it; the others get None for a sharded tensor.
     """
-    if is_sharded(value):
-        tensor = value.full_tensor()
+
+    def gather(tensor: Tensor) -> Tensor | None:
+        if not is_sharded(tensor):
+            return tensor
+
+        tensor = tensor.full_tensor()
         return tensor.cpu() if dist.get_rank() == 0 else None
 
-    if isinstance(value, dict):
-        return {key: unshard(item) for key, item in value.items()}
-
-    if isinstance(value, list):
-        return [unshard(item) for item in value]
-
-    return value
+    return map_tensors(gather, value)
 
 
 def shard_like(tensor: Tensor, model: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 from model import GPT
 from system.files import duplicate, replaced, sync, temporary_path
 from system.locks import PATIENCE, Lock
-from system.memory import available_memory, num_bytes
+from system.memory import available_memory, map_tensors, num_bytes
 from text.tokenizer import ENCODING
 from training.lora import merge_lora
 
@@ -101,16 +101,7 @@ def can_copy(state: dict | list) -> bool:
 
 def copy_to_cpu(value):
     """Copy tensors, in containers of any depth, to the CPU; later steps do not change the copy."""
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-
-    if isinstance(value, dict):
-        return {key: copy_to_cpu(item) for key, item in value.items()}
-
-    if isinstance(value, list | tuple):
-        return type(value)(map(copy_to_cpu, value))
-
-    return value
+    return map_tensors(lambda tensor: tensor.detach().to("cpu", copy=True), value)
 
 
 def previous_path(path: Path) -> Path:
