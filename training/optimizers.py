@@ -1,5 +1,6 @@
 """Updates the weights: AdamW, or Muon with AdamW, on any number of processes; the schedule."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -107,13 +108,40 @@ class Optimizers:
             ValueError: when it comes from other optimizers.
         """
         for part, state in zip(self.parts, states, strict=True):
-            groups = [
-                # The factors stay those that the run began with, whatever step_factors returns now.
-                {**group, "params": saved["params"], "factor": saved.get("factor", 1.0)}
-                for group, saved in zip(part.param_groups, state["param_groups"], strict=True)
-            ]
-            state = {**state, "param_groups": groups}
+            state = regroup(state, part)
             part.load_state_dict(shard_state(state, part) if isinstance(part, AdamW) else state)
+
+
+def regroup(saved: dict, optimizer: Optimizer) -> dict:
+    """Fit a saved state to the groups of an optimizer, which has the settings of this run.
+
+    Raises:
+        ValueError: when the number of weights differs.
+    """
+    groups = saved["param_groups"]
+    sizes = [len(group["params"]) for group in optimizer.param_groups]
+    # A resumed run keeps the factors that it began with, whatever step_factors returns now.
+    factors = [group.get("factor", 1.0) for group in groups for _ in group["params"]]
+    if len(factors) != sum(sizes):
+        raise ValueError(f"the state of {len(factors)} weights was saved, here are {sum(sizes)}")
+
+    # Files of version 1 have all matrices in one group of Muon, in the order of the network: one
+    # that reads the residual stream, one that writes to it, and so on.
+    order = list(range(len(factors)))
+    if "momentum" in optimizer.param_groups[0] and len(groups) < len(sizes):
+        order = order[::2] + order[1::2]
+
+    numbers = iter(range(len(order)))
+    shares = [list(itertools.islice(numbers, size)) for size in sizes]
+    return {
+        "state": {
+            new: saved["state"][old] for new, old in enumerate(order) if old in saved["state"]
+        },
+        "param_groups": [
+            {**group, "params": share, "factor": factors[order[share[0]]]}
+            for group, share in zip(optimizer.param_groups, shares, strict=True)
+        ],
+    }
 
 
 def weights_by_kind(model: nn.Module, is_muon: bool) -> dict[str, list[nn.Parameter]]:
