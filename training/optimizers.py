@@ -11,6 +11,7 @@ from torch.optim import AdamW, Optimizer
 
 from system.distributed import World, own_part, shard_like, unshard
 from training.muon import Muon, momentum
+from training.sharding import ShardedMuon, ZeroAdamW
 
 
 class Optimizers:
@@ -48,12 +49,10 @@ class Optimizers:
             if weights
         }
         # All weights, for what is done to their gradients.
-        self.weights = Optimizer([w for weights in kinds.values() for w in weights], {})
+        trained = [weight for weights in kinds.values() for weight in weights]
+        self.weights = Optimizer(trained, {"foreach": True})
         self.parts: list[Optimizer] = []
         self.uses_zero = world.size > 1 and not world.has_sharded_weights
-        if world.size > 1:
-            from training.sharding import ShardedMuon, ZeroAdamW
-
         if own := [group for kind, group in groups.items() if kind in muon_kinds]:
             is_single = world.size == 1
             self.parts.append(Muon(own, dtype) if is_single else ShardedMuon(own, dtype, world))
