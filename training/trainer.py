@@ -354,10 +354,8 @@ def load_weights(expected: dict[str, Tensor], given: dict[str, Tensor]) -> None:
     Raises:
         TrainingError: unless names and shapes of both are the same.
     """
-    shapes, needed = (
-        {name: tuple(weight.shape) for name, weight in weights.items()}
-        for weights in (given, expected)
-    )
+    shapes = {name: tuple(weight.shape) for name, weight in given.items()}
+    needed = {name: tuple(weight.shape) for name, weight in expected.items()}
     if names := sorted({name for name, _ in shapes.items() ^ needed.items()}):
         name = names[0]
         raise TrainingError(
