@@ -22,14 +22,9 @@ from training.arguments import (
     Parser,
     Settings,
     UsageError,
-    add_batches,
-    add_device,
     add_flag,
-    add_intervals,
-    add_optimizer,
-    add_outputs,
-    add_processes,
-    add_seed,
+    add_recipe,
+    add_run,
     check_accumulation,
     dropout_float,
     path_str,
@@ -100,17 +95,20 @@ def main(argv: list[str] | None = None) -> int:
         compiled = compile_model(model, world.device, settings.compile, is_dynamic=True)
         describe_fine_tuning(settings, trainer, data, compiled)
         if base_loss is None:
-            base_loss = test_base(trainer, data)
+            # An untrained adapter adds zero.
+            with trainer.stoppable():
+                base_loss = data.mean_loss(trainer.test(data))
 
         metadata = checkpoint_metadata(settings, data, tokenizer, base, base_loss)
-        with Run(settings, trainer, data, writer, metadata) as run:
+        run = Run(settings, trainer, data, writer, metadata)
+        with run.saved_on_exit():
             for epoch in run.epochs():
                 for batches in run.updates(epoch):
                     trainer.update(batches)
 
                 run.finish(epoch)
 
-        conclude_fine_tuning(settings, trainer, build_parser(), base_loss)
+        conclude_fine_tuning(settings, trainer, base_loss)
 
     return job.status
 
@@ -185,12 +183,6 @@ def build_trainer(settings: Settings, model: GPT, data: InstructionData, world: 
     )
 
 
-def test_base(trainer: Trainer, data: InstructionData) -> float:
-    """Return the test loss of the base model: an untrained adapter adds zero."""
-    with trainer.stoppable():
-        return data.mean_loss(trainer.test(data))
-
-
 def checkpoint_metadata(
     settings: Settings, data: InstructionData, tokenizer: Tokenizer, base: str, base_loss: float
 ) -> dict:
@@ -261,20 +253,17 @@ def build_parser() -> Parser:
     add("--alpha", type=positive_float, default=2.0, help="Factor of the adapter's output.")
     add("--dropout", type=dropout_float, default=0.1, help="Dropout on the adapter's inputs.")
 
-    add = parser.add_argument_group("recipe").add_argument
-    add_batches(add)
+    add = add_recipe(parser)
     add("--num_epochs", type=positive_int, default=4, help="Passes over the training rows.")
-    add_optimizer(add)
-    add("--learning_rate", type=positive_float, default=5e-4, help="Peak of the learning rate.")
-    add_seed(add)
 
-    add = parser.add_argument_group("run").add_argument
-    add_outputs(add, "./out/lora.pt", "./out/fine-tune.csv")
-    add_intervals(add, evaluation=1, checkpoint=1)
-    add_flag(add, "--resume", False, "Resume from the checkpoint.")
-    add_device(add, "the frozen weights and the matrix products")
-    add_processes(add)
-    add_flag(add, "--compile", True, "Compile the network, where a compiler works.")
+    add_run(
+        parser,
+        "the frozen weights and the matrix products",
+        checkpoint_path="./out/lora.pt",
+        metrics_path="./out/fine-tune.csv",
+        eval_interval=1,
+        checkpoint_interval=1,
+    )
     return parser
 
 

@@ -24,8 +24,6 @@ from training.arguments import (
     share_float,
 )
 
-PROMPT_MARK = "> "
-
 
 def build_parser() -> Parser:
     parser = Parser(prog="generate.py", description=__doc__)
@@ -90,14 +88,9 @@ def main(argv: list[str] | None = None) -> int:
 
     check_compiler_cache(is_wanted=False)
     limit_threads()
-    purpose, cure = "the model", "take a smaller one, or a device with more memory"
     try:
         device = resolve_device(args.device if "device" in args.given else None)
         generator = TextGenerator(args, device, "lora_path" in args.given)
-        purpose, cure = "the text", "take a smaller model"
-        if args.num_samples > 1:
-            purpose, cure = f"{args.num_samples} samples side by side", "lower --num_samples"
-
         answer_all(args, generator)
     except ValueError as error:
         return fail(error, status=2)
@@ -112,7 +105,9 @@ def main(argv: list[str] | None = None) -> int:
         if not is_out_of_memory(error):
             raise
 
-        return fail(f"{describe_shortage(error, device, purpose)}; {cure}.")
+        shortage = describe_shortage(error, device, "the model and the text")
+        cure = "lower --num_samples, or " * (args.num_samples > 1)
+        return fail(f"{shortage}; {cure}take a smaller model, or a device with more memory.")
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
@@ -146,7 +141,8 @@ class TextGenerator:
 
         precision = resolve_precision(device) if args.precision == "auto" else args.precision
         self.model = model.to(device, PRECISIONS[precision]).eval()
-        name = f"{path} with {lora_path}" if self.is_tuned else str(path)
+        self.uses_template = self.introduction is not None and not args.raw
+        name = str(path) if self.introduction is None else f"{path} with {lora_path}"
         note(
             f"{name}: {model.num_parameters:,} parameters, context {model.block_size}, on"
             f" {device} in {precision}, --seed={self.seed}"
@@ -189,14 +185,6 @@ class TextGenerator:
             f" tokens/s, the first after {first_after:.2f} s"
         )
         self.num_answers += 1
-
-    @property
-    def is_tuned(self) -> bool:
-        return self.introduction is not None
-
-    @property
-    def uses_template(self) -> bool:
-        return self.is_tuned and not self.args.raw
 
     def tokens(self, prompt: str) -> list[int]:
         """Tokenize a prompt: its last block_size tokens, or end-of-text for an empty one."""
@@ -250,7 +238,7 @@ def read_piped_prompt() -> str:
 def ask() -> str | None:
     """Ask for a prompt on the terminal; None when there are no more."""
     try:
-        return input(PROMPT_MARK)
+        return input("> ")
     except EOFError:
         print()
         return None

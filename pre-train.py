@@ -23,21 +23,15 @@ from training.arguments import (
     Parser,
     Settings,
     UsageError,
-    add_batches,
-    add_device,
     add_flag,
-    add_intervals,
-    add_optimizer,
-    add_outputs,
-    add_processes,
-    add_seed,
+    add_recipe,
+    add_run,
     check_accumulation,
     dropout_float,
     encoding_str,
     non_negative_float,
     non_negative_int,
     path_str,
-    positive_float,
     positive_int,
     vocabulary_int,
 )
@@ -133,14 +127,15 @@ def main(argv: list[str] | None = None) -> int:
             return 0
 
         metadata = checkpoint_metadata(settings, corpus)
-        with Run(settings, trainer, corpus, writer, metadata) as run:
+        run = Run(settings, trainer, corpus, writer, metadata)
+        with run.saved_on_exit():
             for epoch in run.epochs():
                 for batches in run.updates(epoch):
                     trainer.update(batches)
 
                 run.finish(epoch)
 
-        conclude_pre_training(settings, trainer, build_parser())
+        conclude_pre_training(settings, trainer)
 
     return job.status
 
@@ -277,12 +272,9 @@ def add_model_arguments(parser: Parser) -> None:
 
 
 def add_recipe_arguments(parser: Parser) -> None:
-    add = parser.add_argument_group("recipe").add_argument
-    add_batches(add)
+    add = add_recipe(parser)
     add("--samples_per_epoch", type=positive_int, default=4096, help="Samples in an epoch.")
     add("--num_epochs", type=positive_int, default=2145, help="Epochs to train for.")
-    add_optimizer(add)
-    add("--learning_rate", type=positive_float, default=5e-4, help="Peak of the learning rate.")
     add(
         "--lr_schedule",
         choices=["linear", "cosine", "constant"],
@@ -307,17 +299,17 @@ def add_recipe_arguments(parser: Parser) -> None:
         default=0.1,
         help="Decay of the matrices (with muon the hidden ones), times the learning rate.",
     )
-    add_seed(add)
 
 
 def add_run_arguments(parser: Parser) -> None:
-    add = parser.add_argument_group("run").add_argument
-    add_outputs(add, "./out/checkpoint.pt", "./out/pre-train.csv")
-    add_intervals(add, evaluation=10, checkpoint=20)
-    add_flag(add, "--resume", False, "Resume from the checkpoint.")
-    add_device(add, "the matrix products")
-    add_processes(add)
-    add_flag(add, "--compile", True, "Compile the network, where a compiler works.")
+    add = add_run(
+        parser,
+        "the matrix products",
+        checkpoint_path="./out/checkpoint.pt",
+        metrics_path="./out/pre-train.csv",
+        eval_interval=10,
+        checkpoint_interval=20,
+    )
     add_flag(
         add,
         "--activation_checkpointing",

@@ -176,12 +176,8 @@ def compile_model(
     try:
         probe(torch.zeros(64, device=device))
     except Exception as error:  # whatever a compiler that is missing or broken may raise
-        return f"not compiled ({first_sentence(error)})"
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        return f"not compiled ({reason[0][:120]})"
 
     model.compile(dynamic=is_dynamic)
     return "compiled"
-
-
-def first_sentence(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:120] if lines else type(error).__name__

@@ -22,6 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from system.memory import map_tensors
+
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
@@ -375,6 +377,11 @@ def is_sharded(value: object) -> "TypeGuard[DTensor]":
     return hasattr(value, "full_tensor")
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """Gather a sharded tensor; all processes have to call it."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
 def own_part(tensor: Tensor) -> Tensor:
     """Return what this process has of a tensor."""
     return tensor.to_local() if is_sharded(tensor) else tensor
@@ -385,17 +392,15 @@ def unshard(value):
 
     All processes have to call it; the others get None for a sharded tensor.
     """
-    if is_sharded(value):
-        tensor = value.full_tensor()
+
+    def gather(tensor: Tensor) -> Tensor | None:
+        if not is_sharded(tensor):
+            return tensor
+
+        tensor = tensor.full_tensor()
         return tensor.cpu() if dist.get_rank() == 0 else None
 
-    if isinstance(value, dict):
-        return {key: unshard(item) for key, item in value.items()}
-
-    if isinstance(value, list):
-        return [unshard(item) for item in value]
-
-    return value
+    return map_tensors(gather, value)
 
 
 def shard_like(tensor: Tensor, model: Tensor) -> Tensor:
@@ -412,8 +417,7 @@ def shard_like(tensor: Tensor, model: Tensor) -> Tensor:
 
 def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     """Clip the norm of the gradient to max_norm; return the norm before."""
-    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    return norm.full_tensor() if is_sharded(norm) else norm
+    return whole(nn.utils.clip_grad_norm_(model.parameters(), max_norm))
 
 
 def are_finite(tensors: Iterable[Tensor]) -> bool:

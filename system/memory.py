@@ -7,6 +7,7 @@ import os
 import re
 import resource
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -62,13 +63,25 @@ def total_memory(device: torch.device) -> float:
     return available_memory() + pages * resource.getpagesize()
 
 
-def num_bytes(value) -> int:
-    """Return the size of all tensors in containers of them."""
+def map_tensors(function: Callable, value):
+    """Return containers of any depth with function(tensor) in the place of each tensor."""
     if isinstance(value, Tensor):
-        return value.nbytes
+        return function(value)
 
-    parts = value.values() if isinstance(value, dict) else value
-    return sum(map(num_bytes, parts)) if isinstance(value, dict | list | tuple) else 0
+    if isinstance(value, dict):
+        return {key: map_tensors(function, item) for key, item in value.items()}
+
+    if isinstance(value, list | tuple):
+        return type(value)(map_tensors(function, item) for item in value)
+
+    return value
+
+
+def num_bytes(value) -> int:
+    """Return the size of all tensors in containers of any depth."""
+    sizes: list[int] = []
+    map_tensors(lambda tensor: sizes.append(tensor.nbytes), value)
+    return sum(sizes)
 
 
 def available_memory() -> float:

@@ -340,8 +340,8 @@ MUTATIONS = [
         "An output that cannot be written",
         ("test_pre_train", "told_before_any_work"),
         "training/outputs.py",
-        "        with convert_write_errors(path):\n            if path.is_dir():",
-        "        with contextlib.nullcontext():\n            if path.is_dir():",
+        "        except OSError as error:\n            raise CheckpointError(\n",
+        "        except ZeroDivisionError as error:\n            raise CheckpointError(\n",
         "told in other words, without a cure",
     ),
     Mutation(
@@ -637,8 +637,8 @@ MUTATIONS = [
         "An error that nobody expected",
         ("training/test_launch", "nobody_expected"),
         "training/run.py",
-        "                    self.rescue()\n                    raise\n",
-        "                    raise\n",
+        "                self.rescue()\n                raise\n",
+        "                raise\n",
         "the updates since the last checkpoint are lost",
     ),
     Mutation(

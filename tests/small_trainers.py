@@ -34,3 +34,8 @@ def build(model, optimizer, schedule, precision) -> Trainer:
     optimizers = Optimizers(model, optimizer, 0.1, world)
 
     return Trainer(model, model, optimizers, schedule, world, precision, 1, 1.0, peak_rate=1e12)
+
+
+def lora_state_dict(model) -> dict[str, torch.Tensor]:
+    """Return the weights of an adapter: all that is trained."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}

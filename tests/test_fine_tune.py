@@ -273,7 +273,7 @@ def test_nothing_to_do_whatever_the_base_is_by_now(fine_tune, small, base_path, 
         ("--dataset=nobody", 2, "nobody is neither alpaca"),
         ("--base_model_path=missing.pt", 1, "There is no checkpoint at missing.pt"),
         ("--checkpoint_path=BASE", 2, "this is the path of the base model"),
-        ("--metrics_path=LORA", 2, "this is the path of a checkpoint"),
+        ("--metrics_path=LORA", 2, "is the path of a checkpoint"),
     ],
 )
 def test_wrong_arguments(fine_tune, small, base_path, tmp_path, error_of, flag, status, message):

@@ -17,6 +17,7 @@ import pytest
 from faults import with_right_checksum
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from small_trainers import lora_state_dict
 from vocabularies import GPT2_TOKENIZER
 
 from model import GPT
@@ -33,7 +34,7 @@ from training.checkpoint import (
     merge_lora_checkpoint,
     save_checkpoint,
 )
-from training.lora import add_lora, lora_state_dict
+from training.lora import add_lora
 
 # --- Command lines ---
 

@@ -586,11 +586,12 @@ def test_out_of_memory_is_one_line(run, monkeypatch):
     status, _, errors = run("--prompt=a")
 
     assert status == 1
-    assert "error: cpu is out of memory for the text; take a smaller model" in errors
+    message = "error: cpu is out of memory for the model and the text; "
+    assert f"{message}take a smaller model, or a device" in errors
 
     status, _, errors = run("--prompt=a", "--num_samples=3")
-    assert "for 3 samples side by side; lower --num_samples." in errors
+    assert f"{message}lower --num_samples, or take" in errors
 
     monkeypatch.setattr("training.checkpoint.load_model_and_tokenizer", fail)
     status, _, errors = run("--prompt=a")
-    assert "for the model; take a smaller one" in errors
+    assert f"{message}take a smaller model" in errors

@@ -96,7 +96,9 @@ def add_seed(add: Callable) -> None:
     add("--seed", type=seed_int, help="Seed of all random numbers; None draws one.")
 
 
-def add_batches(add: Callable) -> None:
+def add_recipe(parser: Parser) -> Callable:
+    """Add the group of flags that decide what is learned; return what adds more to it."""
+    add = parser.add_argument_group("recipe").add_argument
     add("--batch_size", type=positive_int, default=4, help="Samples in a micro-batch.")
     add(
         "--gradient_accumulation_steps",
@@ -104,34 +106,6 @@ def add_batches(add: Callable) -> None:
         default=32,
         help="Micro-batches in an update, of all processes together.",
     )
-
-
-def add_outputs(add: Callable, checkpoint_path: str, metrics_path: str) -> None:
-    add(
-        "--checkpoint_path",
-        type=path_str,
-        default=checkpoint_path,
-        help="Where the checkpoint is saved.",
-    )
-    add(
-        "--metrics_path",
-        type=path_str,
-        default=metrics_path,
-        help="Table of metrics, one row an epoch.",
-    )
-
-
-def add_intervals(add: Callable, evaluation: int, checkpoint: int) -> None:
-    add("--eval_interval", type=positive_int, default=evaluation, help="Epochs between tests.")
-    add(
-        "--checkpoint_interval",
-        type=positive_int,
-        default=checkpoint,
-        help="Epochs between checkpoints.",
-    )
-
-
-def add_optimizer(add: Callable) -> None:
     add(
         "--optimizer",
         choices=["adamw", "muon"],
@@ -144,10 +118,48 @@ def add_optimizer(add: Callable) -> None:
         default=1.0,
         help="Clip the norm of the gradient to this.",
     )
+    add("--learning_rate", type=positive_float, default=5e-4, help="Peak of the learning rate.")
+    add_seed(add)
+    return add
 
 
-def add_processes(add: Callable) -> None:
-    """Add how the processes that torchrun starts work together."""
+def add_run(
+    parser: Parser,
+    formatted: str,
+    *,
+    checkpoint_path: str,
+    metrics_path: str,
+    eval_interval: int,
+    checkpoint_interval: int,
+) -> Callable:
+    """Add the group of flags that decide where, when and how a run works; return what adds more.
+
+    Args:
+        formatted: what has the number format; the others are defaults.
+    """
+    add = parser.add_argument_group("run").add_argument
+    add(
+        "--checkpoint_path",
+        type=path_str,
+        default=checkpoint_path,
+        help="Where the checkpoint is saved.",
+    )
+    add(
+        "--metrics_path",
+        type=path_str,
+        default=metrics_path,
+        help="Table of metrics, one row an epoch.",
+    )
+    add("--eval_interval", type=positive_int, default=eval_interval, help="Epochs between tests.")
+    add(
+        "--checkpoint_interval",
+        type=positive_int,
+        default=checkpoint_interval,
+        help="Epochs between checkpoints.",
+    )
+    add_flag(add, "--resume", False, "Resume from the checkpoint.")
+    add_device(add, formatted)
+    add_flag(add, "--compile", True, "Compile the network, where a compiler works.")
     add(
         "--sharding",
         choices=["optimizer", "full"],
@@ -161,6 +173,7 @@ def add_processes(add: Callable) -> None:
         default=10.0,
         help="Minutes to wait for a process that does not answer.",
     )
+    return add
 
 
 def add_device(add: Callable, formatted: str) -> None:

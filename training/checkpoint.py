@@ -21,7 +21,7 @@ from torch import Tensor
 from model import GPT
 from system.files import duplicate, replaced, sync, temporary_path
 from system.locks import PATIENCE, Lock
-from system.memory import available_memory, num_bytes
+from system.memory import available_memory, map_tensors, num_bytes
 from text.errors import DataError
 from text.tokenizer import Tokenizer, load_tokenizer
 from training.lora import merge_lora
@@ -42,11 +42,7 @@ class CheckpointError(Exception):
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of a run in the background, one after the other.
-
-    Args:
-        locks: of the files of the run.
-    """
+    """Writes the checkpoints of a run in the background, one after the other."""
 
     def __init__(self, path: Path, locks: Sequence[Lock] = ()):
         self.path = path
@@ -106,16 +102,7 @@ def can_copy(state: dict | list) -> bool:
 
 def copy_to_cpu(value):
     """Copy tensors, in containers of any depth, to the CPU; later steps do not change the copy."""
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-
-    if isinstance(value, dict):
-        return {key: copy_to_cpu(item) for key, item in value.items()}
-
-    if isinstance(value, list | tuple):
-        return type(value)(map(copy_to_cpu, value))
-
-    return value
+    return map_tensors(lambda tensor: tensor.detach().to("cpu", copy=True), value)
 
 
 def previous_path(path: Path) -> Path:
@@ -268,10 +255,7 @@ def verify_checksum(path: Path) -> None:
 
 
 def build_model(state: dict, path: Path) -> GPT:
-    """Build the network of a checkpoint, with its weights.
-
-    Args:
-        state: what load_checkpoint has read from path.
+    """Build the network of a checkpoint that was read from path, with its weights.
 
     Raises:
         CheckpointError: when it describes no valid model.
@@ -384,10 +368,7 @@ def merge_adapter(model: GPT, path: Path, is_needed: bool) -> str | None:
 
 
 def merge_lora_checkpoint(model: GPT, state: dict, path: Path) -> None:
-    """Add an adapter to the weights of its base.
-
-    Args:
-        state: what load_checkpoint has read from path.
+    """Add an adapter that was read from path to the weights of its base.
 
     Raises:
         CheckpointError: when it was trained on another base, or does not fit.

@@ -36,9 +36,6 @@ def report_losses(
 
     Bits a byte compare models whose tokens differ in length.
 
-    Args:
-        is_all: whether to read all of a source instead of its test split.
-
     Raises:
         Interrupted: when a signal has come.
     """

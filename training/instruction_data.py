@@ -52,23 +52,11 @@ class InstructionData:
         self.seed = seed
         self.lengths = np.array([len(example.tokens) for example in examples.train])
         self.batches_per_epoch = math.ceil(len(examples.train) / batch_size)
-
-    @property
-    def fingerprint(self) -> list[str]:
-        return [self.examples.fingerprint]
-
-    @property
-    def sources(self) -> list[str]:
-        return [self.name]
-
-    @property
-    def mean_length(self) -> int:
-        return int(self.lengths.mean())
-
-    @property
-    def updates_per_epoch(self) -> int:
-        """The updates of an epoch; the last one has the batches that are left."""
-        return math.ceil(self.batches_per_epoch / self.batches_per_update)
+        # The last one has the batches that are left.
+        self.updates_per_epoch = math.ceil(self.batches_per_epoch / batches_per_update)
+        self.fingerprint = [examples.fingerprint]
+        self.sources = [name]
+        self.mean_length = int(self.lengths.mean())
 
     def batch_numbers(self, update: int) -> range:
         epoch, update = divmod(update, self.updates_per_epoch)

@@ -11,11 +11,11 @@ import contextlib
 import os
 import sys
 import traceback
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 
+import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
@@ -93,7 +93,8 @@ class Launch:
 
         # One process speaks for all.
         if not world.is_first:
-            self.stack.enter_context(silenced())
+            silence = self.stack.enter_context(open(os.devnull, "w"))  # noqa: SIM115
+            self.stack.enter_context(contextlib.redirect_stdout(silence))
 
         check_compiler_cache(settings.compile)
         world.connect()
@@ -173,9 +174,7 @@ class Launch:
             return 1, world.describe_lost_process(lambda: False)
 
         if is_out_of_memory(error):
-            # Batches come later, in Trainer.stoppable.
-            shortage = describe_shortage(error, world.device, "the model")
-            return 1, f"{shortage}; take a smaller one, or a device with more memory."
+            return 1, advise_on_memory(error, world.device, self.settings)
 
         if world.size == 1:
             raise error
@@ -186,18 +185,24 @@ class Launch:
         return 1, ""
 
 
-@contextlib.contextmanager
-def silenced() -> Iterator[None]:
-    with open(os.devnull, "w") as silence, contextlib.redirect_stdout(silence):
-        yield
-
-
 def wait_for_last_write(writer: CheckpointWriter) -> None:
     """Wait for a checkpoint that is being written; print its failure as a note."""
     try:
         writer.wait()
     except Exception as error:  # whatever it is, what ended the run comes first
         tqdm.write(f"Note:   {error}", file=sys.stderr)
+
+
+def advise_on_memory(error: BaseException, device: torch.device, settings: Settings) -> str:
+    """Return a message that names the flags which save memory."""
+    size = settings.batch_size
+    shortage = describe_shortage(error, device, f"the model and a batch of {size}")
+    cures = ["halve --batch_size and double --gradient_accumulation_steps"] * (size > 1)
+    if not getattr(settings, "activation_checkpointing", True):
+        cures.append("add --activation_checkpointing")
+
+    cures.append("take a smaller model, or a device with more memory")
+    return f"{shortage}; {', or '.join(cures)}."
 
 
 def shared_flags(settings: Settings) -> dict:

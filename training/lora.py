@@ -88,13 +88,8 @@ def check_rank(rank: int, embedding_dimensions: int) -> None:
         )
 
 
-def lora_state_dict(model: GPT) -> dict[str, Tensor]:
-    """Return the adapter's weights, by layer and `.lora_a` or `.lora_b`: all that is trained."""
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-
-
 def lora_shapes(model: GPT, rank: int) -> dict[str, tuple[int, int]]:
-    """Return the shapes that the adapter of a model has, by the names of lora_state_dict."""
+    """Return the shapes of a model's adapter, by layer and `.lora_a` or `.lora_b`."""
     shapes: dict[str, tuple[int, int]] = {}
     for name, layer in linear_layers(model).items():
         rows, columns = layer.weight.shape
@@ -108,7 +103,7 @@ def merge_lora(model: GPT, adapter: dict[str, Tensor], alpha: float) -> None:
     """Add alpha B A to the weights of a model, in place; with -alpha, take it off again.
 
     Args:
-        adapter: as lora_state_dict gives it.
+        adapter: its weights by the names of lora_shapes.
 
     Raises:
         ValueError: when it is not exactly an adapter of this model.

@@ -55,20 +55,11 @@ class MetricsFile:
         self.write()
         self.draw()
         self.board = None
-        with self.noted("TensorBoard gets no metrics"):
-            self.board = self.open_board(path.parent / "runs" / path.stem, len(rows))
-
-    @staticmethod
-    def open_board(folder: Path, num_rows: int):
-        try:
+        with self.noted("TensorBoard gets no metrics"), contextlib.suppress(ModuleNotFoundError):
             from torch.utils.tensorboard import SummaryWriter
-        except ModuleNotFoundError as error:
-            if not str(error.name).endswith("tensorboard"):
-                raise
 
-            return None
-
-        return SummaryWriter(folder, purge_step=num_rows + 1)
+            folder = path.parent / "runs" / path.stem
+            self.board = SummaryWriter(folder, purge_step=len(rows) + 1)
 
     def add(self, row: dict) -> None:
         self.rows.append(row)

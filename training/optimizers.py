@@ -1,17 +1,17 @@
 """Updates the weights: AdamW, or Muon with AdamW, on any number of processes; the schedule."""
 
-import functools
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from system.distributed import World, own_part, shard_like, unshard
 from training.muon import Muon, momentum
+from training.sharding import ShardedMuon, ZeroAdamW
 
 
 class Optimizers:
@@ -34,54 +34,41 @@ class Optimizers:
         dtype: torch.dtype = torch.float32,
         factors: dict[str, float] | None = None,
     ):
-        kinds = weights_by_kind(model)
-
+        is_muon = name == "muon"
+        kinds = weights_by_kind(model, is_muon)
+        muon_kinds = ("hidden", "residual") if is_muon else ()
+        decayed = muon_kinds or [kind for kind in kinds if kind != "vectors"]
+        factors = factors if factors and is_muon else {}
+        groups = {
+            kind: {
+                "params": weights,
+                "weight_decay": weight_decay if kind in decayed else 0.0,
+                "factor": factors.get(kind, 1.0),
+            }
+            for kind, weights in kinds.items()
+            if weights
+        }
+        # All weights, for what is done to their gradients.
+        trained = [weight for weights in kinds.values() for weight in weights]
+        self.weights = Optimizer(trained, {"foreach": True})
         self.parts: list[Optimizer] = []
         self.uses_zero = world.size > 1 and not world.has_sharded_weights
-        if world.size > 1:
-            from training.sharding import ShardedMuon, ZeroOptimizer
+        if own := [group for kind, group in groups.items() if kind in muon_kinds]:
+            is_single = world.size == 1
+            self.parts.append(Muon(own, dtype) if is_single else ShardedMuon(own, dtype, world))
 
-        betas = (0.9, 0.95)
-        decays = dict.fromkeys(kinds, 0.0)
-        factors = factors if factors and name == "muon" else {}
-        if name == "muon":
-            # Beside Muon, AdamW learns more with a shorter memory of directions and a longer one of
-            # sizes, see benchmarks/README.md.
-            betas = (0.8, 0.99)
-            groups = [
-                {"params": matrices, "weight_decay": weight_decay, "factor": factors.get(kind, 1.0)}
-                for kind, matrices in split_hidden(model, kinds.pop("hidden")).items()
-                if matrices
-            ]
-            if world.has_sharded_weights:
-                self.parts.append(ShardedMuon(groups, dtype, world))
-            elif self.uses_zero:
-                muon = functools.partial(Muon, dtype=dtype)
-                self.parts.append(ZeroOptimizer(groups, muon, is_elementwise=False))
-            else:
-                self.parts.append(Muon(groups, dtype))
-        else:
-            decays |= {kind: weight_decay for kind in kinds if kind != "vectors"}
-
-        groups = [
-            {"params": weights, "weight_decay": decays[kind], "factor": factors.get(kind, 1.0)}
-            for kind, weights in kinds.items()
-        ]
+        # Beside Muon, AdamW learns more with a shorter memory of directions and a longer one of
+        # sizes, see benchmarks/README.md.
+        betas = (0.8, 0.99) if is_muon else (0.9, 0.95)
         options: dict = {"betas": betas, "fused": world.device.type in ("cpu", "cuda")}
-        if groups := [group for group in groups if group["params"]]:
-            if self.uses_zero:
-                self.parts.append(ZeroOptimizer(groups, AdamW, is_elementwise=True, **options))
-            else:
-                self.parts.append(AdamW(groups, **options))
+        if rest := [group for kind, group in groups.items() if kind not in muon_kinds]:
+            adamw = ZeroAdamW(rest, world, **options) if self.uses_zero else AdamW(rest, **options)
+            self.parts.append(adamw)
 
     def unscale(self, scaler: torch.amp.GradScaler) -> None:
-        for part in self.parts:
-            if self.uses_zero:
-                part.take_gradients()  # type: ignore[attr-defined]
+        scaler.unscale_(self.weights)
 
-            scaler.unscale_(part)
-
-    def step(self, scaler: torch.amp.GradScaler, learning_rate: float, step: int) -> None:
+    def step(self, learning_rate: float, step: int) -> None:
         """Update the weights.
 
         Args:
@@ -93,17 +80,17 @@ class Optimizers:
                 if "momentum" in group:
                     group["momentum"] = momentum(step)
 
-            scaler.step(part)
+            part.step()
 
     def zero_grad(self) -> None:
-        for part in self.parts:
-            part.zero_grad(set_to_none=True)
+        # In DDP gradients are views of the buckets that are sent; None would allocate new ones.
+        self.weights.zero_grad(set_to_none=not self.uses_zero)
 
     @property
     def num_bytes(self) -> int:
         """The bytes of the optimizer state that this process holds."""
-        states = [getattr(part, "optim", part).state for part in self.parts]
-        tensors = [t for state in states for values in state.values() for t in values.values()]
+        states = [state for part in self.parts for state in part.state.values()]
+        tensors = [tensor for state in states for tensor in state.values()]
         return sum(own_part(tensor).nbytes for tensor in tensors)
 
     def state_dict(self) -> list[dict]:
@@ -119,9 +106,6 @@ class Optimizers:
         Raises:
             ValueError: when it comes from other optimizers.
         """
-        if len(states) != len(self.parts):
-            raise ValueError(f"{len(states)} optimizers were saved, here are {len(self.parts)}")
-
         for part, state in zip(self.parts, states, strict=True):
             state = regroup(state, part)
             part.load_state_dict(shard_state(state, part) if isinstance(part, AdamW) else state)
@@ -134,21 +118,19 @@ def regroup(saved: dict, optimizer: Optimizer) -> dict:
         ValueError: when the number of weights differs.
     """
     groups = saved["param_groups"]
-    sizes = getattr(optimizer, "group_sizes", [len(g["params"]) for g in optimizer.param_groups])
-    num_saved = sum(len(group["params"]) for group in groups)
-    if num_saved != sum(sizes):
-        raise ValueError(f"the state of {num_saved} weights was saved, here are {sum(sizes)}")
+    sizes = [len(group["params"]) for group in optimizer.param_groups]
+    # A resumed run keeps the factors that it began with, whatever step_factors returns now.
+    factors = [group.get("factor", 1.0) for group in groups for _ in group["params"]]
+    if len(factors) != sum(sizes):
+        raise ValueError(f"the state of {len(factors)} weights was saved, here are {sum(sizes)}")
 
-    order = list(range(num_saved))
-
-    # Early checkpoints have all matrices in one group of Muon, in the order of the network: one
+    # Files of version 1 have all matrices in one group of Muon, in the order of the network: one
     # that reads the residual stream, one that writes to it, and so on.
+    order = list(range(len(factors)))
     if "momentum" in optimizer.param_groups[0] and len(groups) < len(sizes):
         order = order[::2] + order[1::2]
 
-    # A resumed run keeps the factors that it began with, whatever step_factors returns now.
-    factors = [group.get("factor", 1.0) for group in groups for _ in group["params"]]
-    numbers = iter(range(num_saved))
+    numbers = iter(range(len(order)))
     shares = [list(itertools.islice(numbers, size)) for size in sizes]
     return {
         "state": {
@@ -161,32 +143,17 @@ def regroup(saved: dict, optimizer: Optimizer) -> dict:
     }
 
 
-def weights_by_kind(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """Sort trained weights by kind: hidden matrices, embeddings, positions and vectors."""
-    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+def weights_by_kind(model: nn.Module, is_muon: bool) -> dict[str, list[nn.Parameter]]:
+    """Sort trained weights by kind, as in step_factors; AdamW has all hidden matrices in one."""
     kinds: dict[str, list[nn.Parameter]] = {
-        kind: [] for kind in ("hidden", "embeddings", "positions", "vectors")
+        kind: [] for kind in ("hidden", "residual", "embeddings", "positions", "vectors")
     }
+    tables = {"token_embeddings.weight": "embeddings", "position_embeddings.weight": "positions"}
     for name, weight in model.named_parameters():
+        is_residual = is_muon and name.endswith("output.weight")
+        kind = tables.get(name, "residual" if is_residual else "hidden")
         if weight.requires_grad:
-            if weight.ndim != 2:
-                kind = "vectors"
-            elif id(weight) not in tables:
-                kind = "hidden"
-            else:
-                kind = "positions" if name == "position_embeddings.weight" else "embeddings"
-
-            kinds[kind].append(weight)
-
-    return kinds
-
-
-def split_hidden(model: nn.Module, matrices: Iterable[Tensor]) -> dict[str, list[Tensor]]:
-    """Divide hidden matrices into those that write to the residual stream and the others."""
-    writers = {id(w) for name, w in model.named_parameters() if name.endswith("output.weight")}
-    kinds: dict[str, list[Tensor]] = {"hidden": [], "residual": []}
-    for matrix in matrices:
-        kinds["residual" if id(matrix) in writers else "hidden"].append(matrix)
+            kinds[kind if weight.ndim == 2 else "vectors"].append(weight)
 
     return kinds
 
@@ -194,8 +161,7 @@ def split_hidden(model: nn.Module, matrices: Iterable[Tensor]) -> dict[str, list
 def step_factors(width: int, num_updates: int) -> dict[str, float]:
     """Return the factor of the learning rate for each kind of weights, in pre-training with Muon.
 
-    The kinds are those of weights_by_kind; `residual` are the hidden matrices that write to the
-    residual stream.
+    `residual` are the hidden matrices that write to the residual stream.
 
     With them one rate, 5e-4, serves any width D: a step should change the output of a layer as much
     in a wide model as in a narrow one (Yang et al. 2022, muP). An update of Muon with the root

@@ -31,7 +31,7 @@ def written_by(checkpoint_path: str) -> list[Path]:
 
 
 def metrics_files(metrics_path: str) -> list[Path]:
-    """Return all files that a run with this --metrics_path writes: its table, then the others."""
+    """Return all files that a run with this --metrics_path writes."""
     table = Path(metrics_path).resolve()
     picture = picture_path(Path(metrics_path)).resolve()
     return [table, picture, *map(temporary_path, (table, picture)), lock_path(table)]
@@ -40,31 +40,19 @@ def metrics_files(metrics_path: str) -> list[Path]:
 def names_by_folder(settings: Settings) -> tuple[tuple[Path, str], ...]:
     """Return the folders that a run writes to, and a regular expression of its names in each."""
     checkpoint, table = Path(settings.checkpoint_path), Path(settings.metrics_path)
-    names = [(path, name_pattern(path)) for path in (checkpoint, table, picture_path(table))]
-    return tuple((path.resolve().parent, pattern) for path, pattern in names)
-
-
-def name_pattern(path: Path) -> str:
-    """Match the name of a file, of earlier ones of it, and of what is temporary."""
-    return rf"{re.escape(path.stem)}(\..+)?{re.escape(path.suffix)}(\..+)?"
+    # Also earlier files of the same name, and what is temporary.
+    return tuple(
+        (path.resolve().parent, rf"{re.escape(path.stem)}(\..+)?{re.escape(path.suffix)}(\..+)?")
+        for path in (checkpoint, table, picture_path(table))
+    )
 
 
 def check_outputs(settings: Settings) -> None:
     """Raise UsageError when metrics, picture and checkpoint would overwrite each other."""
-    table, *others = metrics_files(settings.metrics_path)
     checkpoints = written_by(settings.checkpoint_path)
-    if table in checkpoints:
-        raise UsageError("--metrics_path: this is the path of a checkpoint")
-
-    for file in others:
+    for file in metrics_files(settings.metrics_path):
         if file in checkpoints:
-            raise UsageError(f"--metrics_path: {file.name} beside it is the path of a checkpoint")
-
-    if Path(settings.metrics_path).suffix.lower() == ".svg":
-        raise UsageError(
-            "--metrics_path must not end in .svg, as the picture of the table does;"
-            f" {settings.metrics_path} given"
-        )
+            raise UsageError(f"--metrics_path: {file.name} is the path of a checkpoint")
 
 
 # --- Before a run writes them ---
@@ -72,16 +60,13 @@ def check_outputs(settings: Settings) -> None:
 
 @contextlib.contextmanager
 def claimed(path: Path, flag: str) -> Iterator[Lock]:
-    """Hold the lock of an output file, and prove that it can be written.
-
-    Args:
-        flag: the flag that named the file.
+    """Hold the lock of an output file that flag named, and prove that it can be written.
 
     Raises:
         CheckpointError: when it cannot be written, or another process is writing it.
     """
     with contextlib.ExitStack() as stack:
-        with convert_write_errors(path):
+        try:
             if path.is_dir():
                 raise IsADirectoryError(errno.EISDIR, "Is a directory")
 
@@ -93,15 +78,16 @@ def claimed(path: Path, flag: str) -> Iterator[Lock]:
             # Also what a killed run has left.
             for name in (path, previous_path(path), best_path(path)):
                 temporary_path(name).unlink(missing_ok=True)
+        except OSError as error:
+            raise CheckpointError(
+                f"{path} cannot be written: {error.strerror}. Choose another path."
+            ) from error
 
         yield lock
 
 
 def lock_output(path: Path, flag: str) -> Lock:
-    """Take the lock of an output path.
-
-    Args:
-        flag: the flag that named the path.
+    """Take the lock of an output path that flag named.
 
     Raises:
         CheckpointError: when another process is writing it.
@@ -117,17 +103,6 @@ def lock_output(path: Path, flag: str) -> Lock:
     except HeldError as error:
         raise CheckpointError(
             f"{path} is being written by {error}; end it, or choose another {flag}."
-        ) from error
-
-
-@contextlib.contextmanager
-def convert_write_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError into a CheckpointError that names the path."""
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(
-            f"{path} cannot be written: {error.strerror}. Choose another path."
         ) from error
 
 

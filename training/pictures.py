@@ -1,6 +1,6 @@
 """Draws the losses and the learning rate of a run over its tokens, by matplotlib as SVG.
 
-The SVG has the colors of light pages; its style sheet replaces them where pages are dark.
+The SVG has the colors of light pages; its style sheet inverts them where pages are dark.
 """
 
 import contextlib
@@ -10,40 +10,33 @@ import math
 import warnings
 from collections.abc import Iterator
 
-# In light and in dark.
-COLORS = {
-    "paper": ("#ffffff", "#14171c"),
-    "ink": ("#1c2128", "#eceff3"),
-    "soft": ("#5b6470", "#a2abb7"),
-    "grid": ("#e4e7eb", "#2b3038"),
-    "train": ("#6b7583", "#8f99a7"),
-    "test": ("#0065a3", "#5cb8ee"),
-    "source0": ("#c04a00", "#f5a04c"),
-    "source1": ("#00765a", "#35c9a0"),
-    "source2": ("#9c3d78", "#e79ac6"),
-    "source3": ("#7a6100", "#e2cd5a"),
-    "source4": ("#b3202c", "#ff7d7d"),
-    "source5": ("#4b4fb8", "#a9acff"),
+LIGHT = {
+    "ink": "#1c2128",
+    "soft": "#5b6470",
+    "grid": "#e4e7eb",
+    "train": "#6b7583",
+    "test": "#0065a3",
 }
-LIGHT = {name: light for name, (light, _) in COLORS.items()}
+SOURCE_COLORS = ("#c04a00", "#00765a", "#9c3d78", "#7a6100", "#b3202c", "#4b4fb8")
 # Each color serves two sources; the line of the second one is dashed.
 SOURCE_STYLES: list[dict] = [
     {"color": color, "linestyle": dash, "linewidth": 1.8}
     for dash in ("-", "--")
-    for name, color in LIGHT.items()
-    if name.startswith("source")
+    for color in SOURCE_COLORS
 ]
 
 # More markers would hide the line.
 MAX_MARKERS = 40
-# Points in all lines together: some 25 bytes each.
-MAX_POINTS = 7000
 # Fewer losses are all shown, however high the first one is.
 MIN_LOSSES_TO_CUT = 40
 
 # One point of matplotlib is one unit of the SVG.
 SIZE = (800 / 72, 500 / 72)
-FONTS = "system-ui,-apple-system,'Segoe UI',Roboto,'Helvetica Neue',Arial,sans-serif"
+# Turned by half a circle after they are inverted, colors keep their hue.
+STYLE = """<style>
+text { font-family: system-ui, sans-serif !important }
+@media (prefers-color-scheme: dark) { :root { filter: invert(0.92) hue-rotate(180deg) } }
+</style>"""
 SETTINGS = {
     "axes.edgecolor": LIGHT["grid"],
     "axes.formatter.useoffset": False,
@@ -53,12 +46,13 @@ SETTINGS = {
     "axes.titlecolor": LIGHT["soft"],
     "axes.titlelocation": "left",
     "axes.titlesize": "medium",
-    "figure.facecolor": LIGHT["paper"],
     "font.size": 12,
     "grid.color": LIGHT["grid"],
     "legend.frameon": False,
     "legend.handlelength": 1.6,
     "lines.markersize": 4.5,
+    # Drop the points of a long run that nobody would see.
+    "path.simplify_threshold": 1.0,
     "svg.fonttype": "none",
     "svg.hashsalt": "curves",
     "text.color": LIGHT["ink"],
@@ -81,7 +75,7 @@ def draw_curves(rows: list[dict], sources: dict[str, str], title: str) -> str:
         sources: the columns with the test losses of several sources, by their names.
 
     Returns:
-        An SVG document of less than 250 KB; the same for the same rows.
+        An SVG document, of at most 45 KB a line, however long the run; the same for the same rows.
     """
     title = f"{shorten(title)}: {summarize(rows)}"
     note = f"{len(rows):,} epoch{'s' * (len(rows) > 1)}, {count_text(rows[-1]['tokens'])} tokens"
@@ -111,19 +105,18 @@ def draw_losses(axes, rows: list[dict], sources: dict[str, str]) -> str:
     for name, column, style in lines:
         if points := points_of(rows, column):
             losses += [loss for _, loss in points]
-            label = f"{points[-1][1]:.3f} {shorten(name)}"
-            plot(axes, points, MAX_POINTS // len(lines), label=label, **style)
+            plot(axes, points, label=f"{points[-1][1]:.3f} {shorten(name)}", **style)
 
     axes.set_title("loss, nats per token")
     if losses:
-        bottom, top = visible_range(losses)
-        axes.set_ylim(bottom, top)
+        low, high = min(losses), max(losses)
+        if (top := highest_to_show(losses)) < high:
+            axes.set_ylim(low - 0.05 * (top - low), top)
+            note += f"; cut off above {top:.3f}, losses are up to {high:.3f}"
+
         # The highest line comes first.
         handles = sorted(axes.lines, key=lambda line: line.get_ydata()[-1], reverse=True)
         axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.02, 1), borderaxespad=0)
-        if cut := sum(loss > top for loss in losses):
-            note += f"; cut off above {top:.3f}: {cut:,} of {len(losses):,} losses"
-            note += f", up to {max(losses):.3f}"
 
     if num_hidden := len(sources) - len(shown):
         note += f"; {num_hidden} more sources are in the table"
@@ -134,8 +127,7 @@ def draw_losses(axes, rows: list[dict], sources: dict[str, str]) -> str:
 def draw_rates(axes, rows: list[dict]) -> None:
     """Draw the learning rate, and below it the tokens."""
     rates = points_of(rows, "learning_rate")
-    style = {"color": LIGHT["soft"], "linewidth": 1.3, "markersize": 2.5}
-    plot(axes, rates, MAX_POINTS // 10, **style)
+    plot(axes, rates, color=LIGHT["soft"], linewidth=1.3, markersize=2.5)
     axes.set_title("learning rate")
     axes.set_ylim(0, 1.1 * max((rate for _, rate in rates), default=0))
     axes.set_xlim(0, 1.01 * rows[-1]["tokens"])
@@ -146,48 +138,29 @@ def draw_rates(axes, rows: list[dict]) -> None:
     axes.text(1.04, -0.06, "tokens", va="top", color=LIGHT["soft"], transform=axes.transAxes)
 
 
-def plot(axes, points: Points, limit: int, **style) -> None:
-    """Draw a line through at most limit points, with markers when they are few."""
+def plot(axes, points: Points, **style) -> None:
+    """Draw a line, with markers when its points are few."""
     marker = "o" if len(points) <= MAX_MARKERS else None
-    axes.plot(*zip(*thin(points, limit), strict=True), marker=marker, **style)
+    axes.plot(*zip(*points, strict=True), marker=marker, **style)
 
 
 def points_of(rows: list[dict], column: str) -> Points:
     """Return the finite values of a column over the tokens of their rows."""
     pairs = [(row["tokens"], row.get(column)) for row in rows]
-
-    # Differences of greater values would overflow.
-    return [(x, y) for x, y in pairs if y is not None and math.isfinite(y) and abs(y) < 1e100]
+    return [(x, y) for x, y in pairs if y is not None and math.isfinite(y)]
 
 
-def thin(points: Points, limit: int) -> Points:
-    """Return about limit points: the least and the greatest of each stretch, and both ends."""
-    if len(points) <= limit:
-        return points
+def highest_to_show(losses: list[float]) -> float:
+    """Return the greatest loss, or one a little above 95 % of them.
 
-    size = math.ceil(2 * len(points) / limit)
-    kept = {points[0], points[-1]}
-    for start in range(0, len(points), size):
-        stretch = points[start : start + size]
-        kept |= {choose(stretch, key=lambda point: point[1]) for choose in (min, max)}
-
-    return sorted(kept)
-
-
-def visible_range(losses: list[float]) -> tuple[float, float]:
-    """Return the least and the greatest loss to show.
-
-    A run begins at 10.8 nats, and can leap there again. Where that would squash all else, the
-    picture ends a little above 95 % of the losses.
+    A run begins at 10.8 nats, and can leap there again: that would squash all else.
     """
     low, high = min(losses), max(losses)
     usual = sorted(losses)[int(0.95 * (len(losses) - 1))]
     if len(losses) >= MIN_LOSSES_TO_CUT and high - low > 3 * (usual - low) > 0:
-        high = low + 1.25 * (usual - low)
+        return low + 1.33 * (usual - low)
 
-    # Tiny differences are not magnified.
-    margin = max(0.06 * (high - low), 0.005 * abs(high))
-    return max(low - margin, min(low, 0)), high + margin
+    return high
 
 
 def summarize(rows: list[dict]) -> str:
@@ -236,17 +209,7 @@ def settings() -> Iterator[None]:
 
 
 def to_svg(figure, title: str) -> str:
-    """Return a figure in colors of LIGHT as an SVG document that is readable in light and dark."""
+    """Return a figure as an SVG document that is readable in light and dark."""
     file = io.StringIO()
     figure.savefig(file, format="svg", metadata={"Title": title, "Creator": None, "Date": None})
-    light_paper, dark_paper = COLORS["paper"]
-    dark_rules = "".join(
-        f'[style*="{name}: {light}"]{{{name}:{dark}!important}}'
-        for light, dark in COLORS.values()
-        for name in ("fill", "stroke")
-    )
-    style = (
-        f"<style>text{{font-family:{FONTS}!important}}svg{{background:{light_paper}}}"
-        f"@media (prefers-color-scheme:dark){{svg{{background:{dark_paper}}}{dark_rules}}}</style>"
-    )
-    return file.getvalue().replace("</svg>", f"{style}</svg>")
+    return file.getvalue().replace("</svg>", f"{STYLE}</svg>")

@@ -33,9 +33,8 @@ class Plan:
     """The figures of a run. Memory is in bytes of one process.
 
     Args:
-        libraries: what there is without a model.
-        activations: what a micro-batch keeps for its backward pass.
-        loss: the gradient that is made together with the loss, and the buffers for that.
+        parts: memory by its use. `activations` are what a micro-batch keeps for its backward pass,
+            `loss` is the gradient that is made together with the loss, and the buffers for that.
         peak: the most at a time, as measured, with the copy that a checkpoint is written from. The
             parts need not add up to it: with a single micro-batch in an update, gradients come
             while activations go.
@@ -45,12 +44,7 @@ class Plan:
         test: seconds of a batch to test on.
     """
 
-    libraries: int
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-    loss: int
+    parts: dict[str, int]
     peak: int
     available: float
     start: float
@@ -59,8 +53,9 @@ class Plan:
 
     def largest_batch_size(self, batch_size: int) -> float:
         """Return how many samples fit at a time, as activations grow with their number."""
-        room = self.available - (self.peak - self.activations)
-        return max(0.0, room // (max(1, self.activations) / batch_size))
+        activations = self.parts["activations"]
+        room = self.available - (self.peak - activations)
+        return max(0.0, room // (max(1, activations) / batch_size))
 
 
 def make_plan(trainer: Trainer, data: TrainingData, libraries: int) -> Plan:
@@ -85,11 +80,6 @@ def make_plan(trainer: Trainer, data: TrainingData, libraries: int) -> Plan:
         update = time_updates(trainer, micro_batches)
         test = min(seconds_of(device, trainer.evaluate, [test_batch]) for _ in range(2))
 
-    weights = list(model.parameters())
-    gradient, buffers = output_memory(
-        model.token_embeddings.weight, micro_batches[0][1].numel(), PRECISIONS[trainer.precision]
-    )
-    kept = kept_memory(trainer, micro_batches[0])
     available = total_memory(device)
     if device.type == "cuda":
         libraries = library_memory(device)
@@ -97,23 +87,22 @@ def make_plan(trainer: Trainer, data: TrainingData, libraries: int) -> Plan:
     else:
         available /= trainer.world.local_size
 
-    plan = Plan(
-        libraries=libraries,
-        weights=sum(own_part(weight).nbytes for weight in weights),
-        gradients=sum(own_part(weight).nbytes for weight in weights if weight.requires_grad),
-        optimizer=trainer.optimizers.num_bytes,
-        activations=0,
-        loss=gradient + buffers,
-        peak=peak,
-        available=available,
-        start=start,
-        update=update,
-        test=test,
+    weights = list(model.parameters())
+    gradient, buffers = output_memory(
+        model.token_embeddings.weight, micro_batches[0][1].numel(), PRECISIONS[trainer.precision]
     )
-    others = plan.libraries + plan.weights + plan.gradients + plan.optimizer + plan.loss
+    parts = {
+        "libraries": libraries,
+        "weights": sum(own_part(weight).nbytes for weight in weights),
+        "gradients": sum(own_part(weight).nbytes for weight in weights if weight.requires_grad),
+        "optimizer": trainer.optimizers.num_bytes,
+    }
+    loss = gradient + buffers
+    kept = kept_memory(trainer, micro_batches[0])
     # Without a measurement, activations are the rest.
-    plan.activations = max(0, peak - others if kept is None else kept - gradient)
-    return plan
+    activations = peak - sum(parts.values()) - loss if kept is None else kept - gradient
+    parts |= {"activations": max(0, activations), "loss": loss}
+    return Plan(parts, peak, available, start, update, test)
 
 
 def hold_copy(trainer: Trainer) -> None:
@@ -209,59 +198,41 @@ def dry_run(
     """
     num_left = num_updates(settings) - trainer.step
     plan = make_plan(trainer, corpus, libraries)
-    epochs = range(len(trainer.metrics) + 1, settings.num_epochs + 1)
-    is_last = settings.num_epochs
-    num_tests = sum(e % settings.eval_interval == 0 or e == is_last for e in epochs)
-    num_batches = sum(math.ceil(len(t) / settings.batch_size) for t in corpus.test_windows.values())
-
-    describe_plan(
-        plan,
-        trainer,
-        is_chosen,
-        settings.batch_size,
-        tokens_per_update(settings),
-        num_left,
-        num_tests * math.ceil(num_batches / trainer.world.size),
-    )
-
-
-def describe_plan(
-    plan: Plan,
-    trainer: Trainer,
-    is_chosen: bool,
-    batch_size: int,
-    tokens_per_update: int,
-    num_updates: int,
-    num_test_batches: int,
-) -> None:
-    """Print a plan, and what was chosen for it.
-
-    Args:
-        is_chosen: whether the precision is what `--precision=auto` takes.
-        num_updates, num_test_batches: what the run still has before it, on this process.
-    """
     model, precision, device = trainer.model, trainer.precision, trainer.device
-    parts = [f"{name} {count:,}" for name, count in count_parameters(model).items()]
+    counts = [f"{name} {count:,}" for name, count in count_parameters(model).items()]
+    sizes = [f"{name} {describe_bytes(size)}" for name, size in plan.parts.items() if size]
     reason = explain_precision(device) if is_chosen else "set by --precision"
 
-    print(f"Parts:  {', '.join(parts)}")
+    print(f"Parts:  {', '.join(counts)}")
     print(f"Chosen: {precision}, {reason}")
-    print(f"Memory: {describe_memory(plan)}")
+    print(f"Memory: {describe_bytes(plan.peak)} at the peak; {', '.join(sizes)}")
     if plan.available < math.inf:
+        largest = plan.largest_batch_size(settings.batch_size)
         print(
-            f"Batch:  --batch_size={plan.largest_batch_size(batch_size):.0f} is the largest that"
-            f" fits, of {describe_bytes(plan.available)}"
+            f"Batch:  --batch_size={largest:.0f} is the largest that fits, of"
+            f" {describe_bytes(plan.available)}"
         )
 
-    rate = tokens_per_update / plan.update
+    rate = tokens_per_update(settings) / plan.update
     utilization = rate * model.flops_per_token(model.block_size) / trainer.peak_rate
-    total = plan.start + num_updates * plan.update + num_test_batches * plan.test
-
     print(f"Speed:  {rate:,.0f} tokens/s, {utilization:.0%} of the matrix products' rate")
+
+    testing = plan.test * num_test_batches(settings, trainer, corpus)
+    total = plan.start + num_left * plan.update + testing
     print(
-        f"Time:   {describe_seconds(total)} in all: {num_updates:,} updates of {plan.update:.2f} s,"
-        f" {describe_seconds(num_test_batches * plan.test)} of testing, {plan.start:.0f} s to start"
+        f"Time:   {describe_seconds(total)} in all: {num_left:,} updates of {plan.update:.2f} s,"
+        f" {describe_seconds(testing)} of testing, {plan.start:.0f} s to start"
     )
+
+
+def num_test_batches(settings: Settings, trainer: Trainer, corpus: Corpus) -> int:
+    """Return how many batches the rest of the run tests on, in each process."""
+    last = settings.num_epochs
+    epochs = range(len(trainer.metrics) + 1, last + 1)
+    num_tests = sum(epoch % settings.eval_interval == 0 or epoch == last for epoch in epochs)
+    sizes = [len(windows) for windows in corpus.test_windows.values()]
+    num_batches = sum(math.ceil(size / settings.batch_size) for size in sizes)
+    return num_tests * math.ceil(num_batches / trainer.world.size)
 
 
 def explain_precision(device: torch.device) -> str:
@@ -275,20 +246,6 @@ def explain_precision(device: torch.device) -> str:
         return f"since bf16 multiplies {ratio:.1f} times as fast as fp32 here (threshold: 1.5)"
 
     return f"the safe choice on {device.type}"
-
-
-def describe_memory(plan: Plan) -> str:
-    """Put the memory of a plan into one line for people."""
-    parts = {
-        "libraries": plan.libraries,
-        "weights": plan.weights,
-        "gradients": plan.gradients,
-        "optimizer": plan.optimizer,
-        "activations": plan.activations,
-        "loss": plan.loss,
-    }
-    listed = [f"{name} {describe_bytes(size)}" for name, size in parts.items() if size]
-    return f"{describe_bytes(plan.peak)} at the peak; {', '.join(listed)}"
 
 
 def describe_bytes(size: float) -> str:

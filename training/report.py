@@ -1,14 +1,13 @@
 """Prints what a run is about to do at its start, and what it achieved at its end."""
 
 import math
-from argparse import ArgumentParser
 from pathlib import Path
 
 from data import Corpus
 from training.arguments import Settings, command
 from training.instruction_data import InstructionData
 from training.metrics import picture_path
-from training.recipe import num_updates, samples_per_update, tokens_per_update, updates_per_epoch
+from training.recipe import num_updates, tokens_per_update, updates_per_epoch
 from training.trainer import Trainer
 
 
@@ -26,9 +25,6 @@ def describe_pre_training(
         f" {tokens_per_update(settings):,} tokens, {tokens / corpus.num_tokens:.2f} passes over the"
         f" data, --seed={trainer.seed}"
     )
-    if settings.samples_per_epoch % samples_per_update(settings):
-        print("Note:   an epoch holds whole updates only; the other samples start the next one")
-
     describe_resume(trainer)
 
 
@@ -88,7 +84,7 @@ def describe_resume(trainer: Trainer) -> None:
         print(f"Resume: epoch {len(trainer.metrics) + 1}, update {trainer.step}")
 
 
-def conclude_pre_training(settings: Settings, trainer: Trainer, parser: ArgumentParser) -> None:
+def conclude_pre_training(settings: Settings, trainer: Trainer) -> None:
     """Say what was learned, and which commands come next."""
     row, size = trainer.metrics[-1], settings.vocabulary_size
 
@@ -102,18 +98,12 @@ def conclude_pre_training(settings: Settings, trainer: Trainer, parser: Argument
     prompt = "def fibonacci(" if settings.dataset == ["stdlib"] else None
 
     describe_files(settings)
-    print(f"Next:   {generate_command(settings, parser, prompt, 'checkpoint_path')}")
-    print(f"        {command(parser.prog, *flags)}")
+    print(f"Next:   {generate_command(settings, prompt, checkpoint_path='checkpoint_path')}")
+    print(f"        {command('pre-train.py', *flags)}")
 
 
-def conclude_fine_tuning(
-    settings: Settings, trainer: Trainer, parser: ArgumentParser, base_loss: float
-) -> None:
-    """Say what was learned, and which command comes next.
-
-    Args:
-        base_loss: the test loss of the base.
-    """
+def conclude_fine_tuning(settings: Settings, trainer: Trainer, base_loss: float) -> None:
+    """Say what was learned, and which command comes next."""
     row = trainer.metrics[-1]
     is_stdlib = settings.dataset == "stdlib"
     prompt = "read(path): Read a file and return its text." if is_stdlib else None
@@ -123,8 +113,8 @@ def conclude_fine_tuning(
         f" {row['test_loss']:.3f} nats a token of the answers (base model: {base_loss:.3f})."
     )
     describe_files(settings)
-    flags = ("base_model_path", "checkpoint_path")
-    print(f"Next:   {generate_command(settings, parser, prompt, *flags)}")
+    flags = {"checkpoint_path": "base_model_path", "lora_path": "checkpoint_path"}
+    print(f"Next:   {generate_command(settings, prompt, **flags)}")
 
 
 def describe_files(settings: Settings) -> None:
@@ -132,20 +122,15 @@ def describe_files(settings: Settings) -> None:
     print(f"Files:  {settings.checkpoint_path}, {settings.metrics_path}, {picture}")
 
 
-def generate_command(
-    settings: Settings, parser: ArgumentParser, prompt: str | None, *flags: str
-) -> str:
+def generate_command(settings: Settings, prompt: str | None, **names: str) -> str:
     """Return the command that generates text with what a run has made.
 
     Args:
-        parser: of the script that ran.
-        flags: the flags that name the model, and the adapter if there is one.
+        names: by flags of generate.py, the flags of this script for the same files.
     """
-    words = []
-    for flag, name in zip(flags, ("checkpoint_path", "lora_path"), strict=False):
-        if getattr(settings, flag) != parser.get_default(flag):
-            words.append(f"--{name}={getattr(settings, flag)}")
-
+    words = [
+        f"--{flag}={getattr(settings, own)}" for flag, own in names.items() if own in settings.given
+    ]
     if prompt is not None:
         words.append(f"--prompt={prompt}")
 

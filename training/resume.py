@@ -55,16 +55,13 @@ def prepare_resume(
     world.check_same("The checkpoints", checkpoint and (checkpoint["position"], checkpoint["seed"]))
     seed, precision = settings.seed, settings.precision
     if seed is None:
-        seed = checkpoint["seed"] if checkpoint else draw_seed(world)
+        drawn = world.broadcast(secrets.randbelow(2**31))
+        seed = checkpoint["seed"] if checkpoint else drawn
 
     if precision == "auto":
         precision = checkpoint["precision"] if checkpoint else choose_precision(world)
 
     return settings.replace(seed=seed, precision=precision), checkpoint
-
-
-def draw_seed(world: World) -> int:
-    return world.broadcast(secrets.randbelow(2**31))
 
 
 def choose_precision(world: World) -> str:
@@ -127,8 +124,8 @@ def restore(trainer: Trainer, data: TrainingData, checkpoint: dict) -> None:
     saved, found = checkpoint["dataset"], data.fingerprint
     if list(map(nameless, saved)) != list(map(nameless, found)):
         raise CheckpointError(
-            f"The data changed since the checkpoint was saved: {checkpoint['dataset']} then,"
-            f" {data.fingerprint} now. Restore the files, or leave out --resume to begin a new run."
+            f"The data changed since the checkpoint was saved: {saved} then, {found} now."
+            " Restore the files, or leave out --resume to begin a new run."
         )
 
     # Sources that were moved have other names.

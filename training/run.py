@@ -1,6 +1,7 @@
 """Decides when a run trains, tests, saves and stops; `prefetch` brings its batches.
 
-    with Run(settings, trainer, data, writer, metadata) as run:
+    run = Run(settings, trainer, data, writer, metadata)
+    with run.saved_on_exit():
         for epoch in run.epochs():
             for batches in run.updates(epoch):
                 trainer.update(batches)
@@ -14,17 +15,17 @@ import contextlib
 import sys
 import time
 import traceback
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 
 import torch
 from tqdm import tqdm
 
 from data import TrainingData
 from system.distributed import World, unshard
-from system.memory import describe_shortage, is_out_of_memory
+from system.memory import is_out_of_memory
 from system.signals import Interrupted
 from training.arguments import Settings
 from training.checkpoint import FORMAT_VERSION, CheckpointError, CheckpointWriter
@@ -37,13 +38,7 @@ class Run:
     """The remaining epochs of a run.
 
     Args:
-        writer: writes the checkpoints of the run.
         metadata: what a checkpoint holds beside the state of the trainer.
-
-    Raises:
-        Interrupted: on leaving, when a signal has come; all updates are saved.
-        TrainingError: when an update fails and finished ones are saved, or when memory runs out.
-        LostProcessError: when another process is lost.
     """
 
     def __init__(
@@ -56,35 +51,31 @@ class Run:
     ):
         self.settings = settings
         self.trainer = trainer
+        self.world = trainer.world
         self.data = data
         self.writer = writer
         self.metadata = metadata
         self.flops_per_token = trainer.model.flops_per_token(data.mean_length)
-        self.context = self.save_on_exit()
+        # The sources with a column of their own; a single source needs none.
+        self.columns = data.sources if len(data.sources) > 1 else []
         self.saved_step = trainer.step
         # Only on the first process, and only once it trains.
         self.metrics: MetricsFile | None = None
 
-    @property
-    def world(self) -> World:
-        return self.trainer.world
-
-    def __enter__(self) -> "Run":
-        self.context.__enter__()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> bool | None:
-        return self.context.__exit__(kind, error, trace)
-
     @contextlib.contextmanager
-    def save_on_exit(self) -> Iterator[None]:
-        """Save all finished updates when the run ends early."""
-        self.set_earlier_run_aside()
+    def saved_on_exit(self) -> Iterator[None]:
+        """Save all finished updates when the run ends early.
+
+        Raises:
+            Interrupted: on leaving, when a signal has come.
+            LostProcessError: when another process is lost.
+        """
+        table = Path(self.settings.metrics_path)
+        if self.world.is_first and not self.settings.resume:
+            aside = set_aside(self.writer.path, table, picture_path(table))
+            if aside:
+                print(f"Kept:   an earlier run, as {aside}")
+
         self.world.mark_started()
         with self.trainer.stoppable():
             try:
@@ -104,24 +95,14 @@ class Run:
             except CheckpointError:
                 raise
             except Exception as error:
-                if not is_out_of_memory(error):
-                    self.rescue()
-                    raise
+                if is_out_of_memory(error):
+                    # Otherwise what was computed stays as long as the error.
+                    traceback.clear_frames(error.__traceback__)
 
-                # Otherwise what was computed stays as long as the error.
-                traceback.clear_frames(error.__traceback__)
                 self.rescue()
-                raise TrainingError(self.advise_on_memory(error)) from None
+                raise
 
             self.close()
-
-    def set_earlier_run_aside(self) -> None:
-        table = Path(self.settings.metrics_path)
-        if self.settings.resume or not self.world.is_first:
-            return
-
-        if aside := set_aside(self.writer.path, table, picture_path(table)):
-            print(f"Kept:   an earlier run, as {aside}")
 
     # --- Epochs and updates ---
 
@@ -178,12 +159,6 @@ class Run:
         if self.world.max(is_due or self.writer.has_failed):
             self.save(is_best)
 
-    @property
-    def columns(self) -> list[str]:
-        """The sources with a column of their own; a single source needs none."""
-        names = list(self.data.sources)
-        return names if len(names) > 1 else []
-
     # --- What is saved ---
 
     def save(self, is_best: bool = False) -> None:
@@ -229,30 +204,18 @@ class Run:
         # While signals are held back: a process that a signal ended now would count as lost.
         self.world.disconnect()
 
-    def advise_on_memory(self, error: Exception) -> str:
-        """Return a message that names the flags which save memory."""
-        size = self.settings.batch_size
-        shortage = describe_shortage(error, self.world.device, f"a batch of {size}")
-        cures = ["halve --batch_size and double --gradient_accumulation_steps"] * (size > 1)
-        if not getattr(self.settings, "activation_checkpointing", True):
-            cures.append("add --activation_checkpointing")
-
-        return f"{shortage}; {', or '.join([*cures, 'take a smaller model'])}."
-
 
 def prefetch(data: TrainingData, updates: Iterable[int], world: World) -> Iterator[MicroBatches]:
     """Yield the micro-batches of each update; a thread loads the next ones meanwhile."""
+    pending: deque[Future] = deque()
     with ThreadPoolExecutor(max_workers=1) as pool:
-        pending: Future | None = None
         for number in updates:
-            upcoming = pool.submit(load_micro_batches, data, number, world)
-            if pending is not None:
-                yield pending.result()
+            pending.append(pool.submit(load_micro_batches, data, number, world))
+            if len(pending) == 2:
+                yield pending.popleft().result()
 
-            pending = upcoming
-
-        if pending is not None:
-            yield pending.result()
+        while pending:
+            yield pending.popleft().result()
 
 
 def load_micro_batches(data: TrainingData, update: int, world: World) -> MicroBatches:

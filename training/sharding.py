@@ -1,142 +1,96 @@
-"""Shards optimizers over processes: ZeRO-1 (Rajbhandari et al. 2020), and Muon under FSDP.
+"""Shards the work and the state of optimizers over processes: ZeRO-1 (Rajbhandari et al. 2020).
 
-They save the state that a single process would have. The file is apart from optimizers.py because
-its imports take longer than a small model needs to answer.
+What they save is the state that a single process would have.
 """
 
-import math
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.optim import AdamW
 
-from system.distributed import World, shard_like
+from system.distributed import World, shard_like, whole
 from training.muon import Muon
 
 
-class ZeroOptimizer(ZeroRedundancyOptimizer):
-    """ZeRO-1: every process updates some of the weights, and has the state of these only.
-
-    An elementwise optimizer gets large weights in blocks of rows, each as a weight of its own:
-    token embeddings are a third of GPT-2, and would give one process most of the state.
+class ZeroAdamW(AdamW):
+    """AdamW whose processes each update some rows of every weight, and have the state of these.
 
     Args:
-        is_elementwise: whether the optimizer treats each element of a weight on its own.
+        groups: as for AdamW, with weights that every process has as a whole.
     """
 
-    # A weight with more elements is cut into blocks.
-    MAX_SIZE = 1 << 20
-
-    def __init__(self, groups: list[dict], optimizer_class, is_elementwise: bool, **options):
-        max_size = self.MAX_SIZE if is_elementwise else math.inf
+    def __init__(self, groups: list[dict], world: World, **options):
+        self.world = world
         self.weights = [weight for group in groups for weight in group["params"]]
-        self.blocks = [blocks_of(weight, max_size) for weight in self.weights]
-        self.group_sizes = [len(group["params"]) for group in groups]
-        blocks = iter(self.blocks)
-
         super().__init__(
             [
-                {**group, "params": [b for _ in group["params"] for b in next(blocks)]}
-                for group in groups
+                {**g, "params": [nn.Parameter(self.own_rows(w)) for w in g["params"]]}
+                for g in groups
             ],
-            optimizer_class,
             **options,
         )
 
-    def take_gradients(self) -> None:
-        """Give the blocks of every weight their parts of its gradient."""
-        for weight, blocks in zip(self.weights, self.blocks, strict=True):
-            if len(blocks) > 1:
-                gradients = weight.grad.split(len(blocks[0]))
-                for block, gradient in zip(blocks, gradients, strict=True):
-                    block.grad = gradient
+    @property
+    def parts(self) -> list[nn.Parameter]:
+        """The own rows of all weights, in their memory."""
+        return [part for group in self.param_groups for part in group["params"]]
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        # Gradients are views of the buckets that are sent; None would allocate new ones beside.
-        torch._foreach_zero_([weight.grad for weight in self.weights])
+    def own_rows(self, tensor: Tensor) -> Tensor:
+        return tensor.detach().tensor_split(self.world.size)[self.world.rank]
+
+    def step(self) -> None:  # type: ignore[override]
+        for weight, part in zip(self.weights, self.parts, strict=True):
+            part.grad = self.own_rows(weight.grad)
+
+        super().step()
+        self.gather([weight.detach() for weight in self.weights])
+
+    def gather(self, tensors: Iterable[Tensor]) -> None:
+        """Give every process the rows of tensors that others have."""
+        parts = [enumerate(tensor.tensor_split(self.world.size)) for tensor in tensors]
+        sent = [
+            dist.broadcast(part, rank, async_op=True)
+            for rank, part in itertools.chain(*parts)
+            if part.numel()
+        ]
+        for work in sent:
+            work.wait()
 
     def state_dict(self) -> dict:
-        """Return the state of whole weights on the first process, and nothing on the others."""
-        self.consolidate_state_dict()
-        if self.rank:
-            return {}
-
+        """Return the state of whole weights on the first process; others get no tensors."""
         state = super().state_dict()
-        values = iter([state["state"].get(i, {}) for i in range(sum(map(len, self.blocks)))])
-        joined = [join([next(values) for _ in blocks]) for blocks in self.blocks]
-        numbers = iter(range(len(joined)))
-        return {
-            "state": {number: value for number, value in enumerate(joined) if value},
-            "param_groups": [
-                {**group, "params": [next(numbers) for _ in range(size)]}
-                for group, size in zip(state["param_groups"], self.group_sizes, strict=True)
-            ],
-        }
+        states: dict[int, dict] = {}
+        for number, values in state["state"].items():
+            weight, states[number] = self.weights[number], {}
+            for name, value in values.items():
+                if value.ndim:
+                    joined = torch.empty_like(weight, dtype=value.dtype).detach()
+                    self.own_rows(joined).copy_(value)
+                    self.gather([joined])
+                    value = joined.cpu() if self.world.is_first else None
+
+                states[number][name] = value
+
+        return {**state, "state": states}
 
     def load_state_dict(self, state: dict) -> None:
-        """Load the state of this process's blocks from that of whole weights."""
-        parts = [
-            part
-            for number, blocks in enumerate(self.blocks)
-            for part in split(state["state"].get(number, {}), blocks)
-        ]
-        numbers = iter(range(len(parts)))
-
-        super().load_state_dict(
-            {
-                "state": {number: part for number, part in enumerate(parts) if part},
-                "param_groups": [
-                    {**group, "params": [next(numbers) for _ in own["params"]]}
-                    for group, own in zip(state["param_groups"], self.param_groups, strict=True)
-                ],
-            }
-        )
-
-
-def blocks_of(weight: nn.Parameter, max_size: float) -> list[nn.Parameter]:
-    """Return blocks of rows that share the memory of a weight, of max_size elements at most."""
-    if weight.numel() <= max_size:
-        return [weight]
-
-    num_rows = max(1, int(max_size) // weight[0].numel())
-    return [nn.Parameter(block) for block in weight.detach().split(num_rows)]
-
-
-def join(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Join the states of the blocks of a weight into one."""
-    return {
-        name: torch.cat([state[name] for state in states]) if value.ndim else value
-        for name, value in states[0].items()
-    }
-
-
-def split(state: dict[str, Tensor], blocks: list[nn.Parameter]) -> list[dict[str, Tensor]]:
-    """Split the state of a weight into those of its blocks."""
-    num_rows = len(blocks[0])
-
-    # Scalars, the count of steps, are copied: each block has its own.
-    return [
-        {
-            name: value[number * num_rows : (number + 1) * num_rows]
-            if value.ndim
-            else value.clone()
-            for name, value in state.items()
+        """Load the state of this process's rows from that of whole weights."""
+        own = {
+            number: {n: self.own_rows(v) if v.ndim else v for n, v in values.items()}
+            for number, values in state["state"].items()
         }
-        for number in range(len(blocks))
-    ]
+        super().load_state_dict({**state, "state": own})
 
 
 class ShardedMuon(Muon):
-    """Muon for matrices whose rows are sharded over processes (FSDP).
+    """Muon for several processes.
 
     An update can only be made orthogonal as a whole. So every matrix has an owner, which keeps its
-    state. In each round every process gathers the gradient of one matrix that it owns, and
-    broadcasts its update.
-
-    Args:
-        groups: as for Muon, with distributed tensors.
+    state. In each round every process takes the gradient of one matrix that it owns, gathered where
+    its rows are sharded (FSDP), and broadcasts its update.
     """
 
     def __init__(self, groups: list[dict], dtype: torch.dtype, world: World):
@@ -168,7 +122,7 @@ class ShardedMuon(Muon):
         self.is_begun = True
         for some in self.rounds(matrices):
             for owner, matrix in enumerate(some):
-                gradient = matrix.grad.full_tensor()
+                gradient = whole(matrix.grad)  # type: ignore[arg-type]
                 if owner == self.world.rank:
                     own = self.update([matrix], [gradient], momentum)[0].contiguous()
 

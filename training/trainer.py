@@ -24,7 +24,6 @@ from system.distributed import (
     clip_gradients,
     shard_like,
 )
-from system.memory import describe_shortage, is_out_of_memory
 from system.signals import Interrupted, StopSignal
 from training.metrics import SOURCE_LOSS, perplexity
 from training.optimizers import Optimizers, Schedule
@@ -139,7 +138,7 @@ class Trainer:
         self.check_finite(loss, norm)
         self.is_updating = True
         if math.isfinite(norm):
-            self.optimizers.step(self.scaler, self.schedule(self.step), self.step)
+            self.optimizers.step(self.schedule(self.step), self.step)
             self.scaler.update()
         else:
             # One process may have overflowed alone: all scales go down together.
@@ -214,13 +213,7 @@ class Trainer:
         with self.stop:
             try:
                 yield
-            except (RuntimeError, MemoryError, NoAnswerError) as error:
-                if is_out_of_memory(error):
-                    shortage = describe_shortage(error, self.device, "a batch")
-                    raise TrainingError(
-                        f"{shortage}; lower --batch_size, or take a smaller model."
-                    ) from None
-
+            except (RuntimeError, NoAnswerError) as error:
                 if not self.world.is_lost_process(error):
                     raise
 
@@ -361,20 +354,14 @@ def load_weights(expected: dict[str, Tensor], given: dict[str, Tensor]) -> None:
     Raises:
         TrainingError: unless names and shapes of both are the same.
     """
-    missing = sorted(expected.keys() - given.keys())
-    foreign = sorted(given.keys() - expected.keys())
-    if missing or foreign:
+    shapes = {name: tuple(weight.shape) for name, weight in given.items()}
+    needed = {name: tuple(weight.shape) for name, weight in expected.items()}
+    if names := sorted({name for name, _ in shapes.items() ^ needed.items()}):
+        name = names[0]
         raise TrainingError(
-            f"The checkpoint does not fit the model: missing {', '.join(missing[:3]) or 'nothing'},"
-            f" unknown {', '.join(foreign[:3]) or 'nothing'}."
+            f"The checkpoint does not fit the model: shape {shapes.get(name)} for {name},"
+            f" {needed.get(name)} is needed; {len(names)} weights differ."
         )
-
-    for name, tensor in expected.items():
-        if tensor.shape != given[name].shape:
-            raise TrainingError(
-                f"The checkpoint does not fit the model: {name} has shape"
-                f" {tuple(given[name].shape)}, {tuple(tensor.shape)} is needed."
-            )
 
     for name, tensor in expected.items():
         tensor.copy_(shard_like(given[name], tensor))

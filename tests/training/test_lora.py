@@ -5,6 +5,7 @@ import copy
 import peft
 import pytest
 import torch
+from small_trainers import lora_state_dict
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -15,7 +16,6 @@ from training.lora import (
     add_lora,
     linear_layers,
     lora_shapes,
-    lora_state_dict,
     merge_lora,
 )
 

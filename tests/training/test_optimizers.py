@@ -95,7 +95,7 @@ def test_steps_go_by_the_width_of_the_model_and_the_length_of_the_run(
             left.grad = torch.randn_like(left)
             right.grad = left.grad.clone()
 
-        optimizers.step(torch.amp.GradScaler(enabled=False), 1e-3, first_step + number)
+        optimizers.step(1e-3, first_step + number)
 
         for each in theirs:
             each.step()
@@ -115,6 +115,15 @@ def test_weights_go_on_with_the_steps_that_they_began_with():
 
     assert [group["factor"] for group in optimizers.parts[1].param_groups] == [7.0, 7.0, 320.0]
     assert [len(group["params"]) for group in optimizers.parts[1].param_groups] == [1, 1, 3]
+
+
+def test_state_of_other_optimizers_is_refused():
+    model = GPT(300, 8, 16, 2, 1)
+    saved = Optimizers(model, "adamw", 0.1, World()).state_dict()
+
+    for states in (saved, saved * 2):
+        with pytest.raises(ValueError, match="zip|saved"):
+            Optimizers(model, "muon", 0.1, World()).load_state_dict(states)
 
 
 def test_frozen_weights_have_no_optimizer():

@@ -26,10 +26,8 @@ SIZES = {
 }
 
 
-def build_plan(**figures) -> Plan:
-    memory = dict.fromkeys(("libraries", "weights", "gradients", "optimizer", "loss"), 0)
-
-    return Plan(**memory, start=1.0, update=1.0, test=1.0, **figures)
+def build_plan(activations: int, **figures) -> Plan:
+    return Plan({"activations": activations}, start=1.0, update=1.0, test=1.0, **figures)
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -225,11 +225,17 @@ def test_state_goes_out_and_in():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda weights: weights.pop("table.bias"), r"missing table\.bias"),
-        (lambda weights: weights.update(more=torch.zeros(1)), "unknown more"),
+        (
+            lambda weights: weights.pop("table.bias"),
+            r"shape None for table\.bias, \(5,\) is needed",
+        ),
+        (
+            lambda weights: weights.update(more=torch.zeros(1)),
+            r"shape \(1,\) for more, None is needed",
+        ),
         (
             lambda weights: weights.update({"table.bias": torch.zeros(4)}),
-            r"table\.bias has shape \(4,\), \(5,\) is needed",
+            r"shape \(4,\) for table\.bias, \(5,\) is needed",
         ),
     ],
 )
