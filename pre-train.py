@@ -57,14 +57,15 @@ from training.trainer import Trainer, load_weights
 PRESETS = {
     "tiny": {
         "dataset": ["stdlib"],
+        "vocabulary_size": 4096,
         "block_size": 256,
-        "embedding_dimensions": 64,
+        "embedding_dimensions": 128,
         "num_attention_heads": 4,
         "num_hidden_layers": 4,
         "dropout": 0.0,
-        "batch_size": 4,
+        "batch_size": 16,
         "gradient_accumulation_steps": 1,
-        "samples_per_epoch": 200,
+        "samples_per_epoch": 640,
         "num_epochs": 14,
         "eval_interval": 7,
         "checkpoint_interval": 7,
