@@ -138,9 +138,11 @@ def train_vocabulary(path: Path, sources: Sequence[Source], size: int) -> Tokeni
 
 
 def sample(source: Source, size: int, downloads: Path) -> Iterator[str]:
-    """Yield about size bytes of the documents of a source that no split is tested on.
+    """Yield about size bytes of the documents of a source that are never tested on.
 
-    Of a large folder they come from everywhere, of the Hub from the first files.
+    That is decided later, by the number of tokens: the largest share is left out, and the first
+    document, which is tested on where no share has any. Of a large folder the documents come from
+    everywhere, of the Hub from the first files.
 
     Args:
         downloads: a folder for files of the Hub.
@@ -148,6 +150,7 @@ def sample(source: Source, size: int, downloads: Path) -> Iterator[str]:
     listing = source.listing()
     interval = 1 if source.is_hub else max(1, math.ceil(listing.size / size))
     number = num_characters = 0
+    is_first = True
     for file in listing.files:
         if number % interval and file.size <= Reader.CHUNK_SIZE:
             number += 1
@@ -162,9 +165,12 @@ def sample(source: Source, size: int, downloads: Path) -> Iterator[str]:
 
                 for numbers, texts in reader.chunk(Damage()):
                     for row, text in zip(numbers.tolist(), texts.to_pylist(), strict=True):
-                        if place_hash(file.name, row) >= TEST_SHARES[-1]:
+                        is_trained_on = place_hash(file.name, row) >= TEST_SHARES[-1]
+                        if is_trained_on and not is_first:
                             num_characters += len(text)
                             yield text
+
+                        is_first = False
 
 
 def merge(texts: Iterator[str], num_tokens: int) -> dict[bytes, int]:

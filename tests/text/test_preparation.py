@@ -25,7 +25,7 @@ from text.prepared import prepared_name
 from text.readers import Reader
 from text.sources import TextFiles, parse_source
 from text.token_files import SPLITS
-from text.tokenizer import GPT2
+from text.tokenizer import GPT2, Tokenizer
 
 
 def test_token_files_hold_every_document_once(text_folder, tmp_path):
@@ -144,6 +144,32 @@ def test_text_that_is_gone_is_read_from_its_token_files(no_second_preparation, t
 
     with pytest.raises(ValueError, match="is neither"):
         parse_source(str(text / "other"), folder=tmp_path / "dataset")
+
+
+def test_other_ids_than_tiktokens_are_refused(text_folder, tmp_path, monkeypatch):
+    real = Tokenizer.encode_documents
+
+    def wrong(self, texts) -> list:
+        return [document[::-1] for document in real(self, texts)]
+
+    monkeypatch.setattr(Tokenizer, "encode_documents", wrong)
+
+    with pytest.raises(DataError, match="gigatoken and tiktoken give different tokens here"):
+        load_or_prepare(TextFiles(text_folder), tmp_path / "dataset", GPT2_TOKENIZER, 1)
+
+    monkeypatch.undo()
+    load_or_prepare(TextFiles(text_folder), tmp_path / "dataset", GPT2_TOKENIZER, 1)
+
+
+def test_without_gigatoken_the_files_are_the_same(text_folder, tmp_path, monkeypatch, capsys):
+    load_or_prepare(TextFiles(text_folder), tmp_path / "fast", GPT2_TOKENIZER, 1)
+    assert "gigatoken" not in capsys.readouterr().out
+
+    monkeypatch.setitem(sys.modules, "gigatoken", None)
+    plain = Tokenizer(GPT2_TOKENIZER.ranks)
+    load_or_prepare(TextFiles(text_folder), tmp_path / "plain", plain, 1)
+    assert contents(tmp_path / "fast") == contents(tmp_path / "plain")
+    assert "gigatoken is not installed; tiktoken tokenizes" in capsys.readouterr().out
 
 
 def test_a_changed_letter_is_a_change(no_second_preparation, tmp_path):

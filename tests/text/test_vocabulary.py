@@ -43,7 +43,7 @@ def train(text: TextFiles, folder: Path, size: int = SIZE):
 
 def test_it_is_trained_on_no_document_that_may_be_tested_on(text, tmp_path):
     names = [f"{number:02d}.txt" for number in range(40)]
-    held = {name for name in names if place_hash(name, 0) < TEST_SHARES[-1]}
+    held = {name for name in names if place_hash(name, 0) < TEST_SHARES[-1]} | {names[0]}
     texts = list(sample(text, 1 << 20, tmp_path))
 
     assert held
@@ -55,6 +55,15 @@ def test_it_is_trained_on_no_document_that_may_be_tested_on(text, tmp_path):
     tested = ours.decode(dataset.test).split("<|endoftext|>")[:-1]
     assert tested
     assert not {*tested} & {*texts}
+
+
+def test_the_first_document_may_be_tested_on_where_no_share_has_any(tmp_path):
+    path = tmp_path / "a.jsonl"
+    rows = [row for row in range(9) if place_hash(".", row) >= TEST_SHARES[-1]]
+    lines = ["" if row not in rows else json.dumps({"text": f"{row}"}) for row in range(9)]
+    path.write_text("\n".join(lines))
+
+    assert [*sample(TextFiles(path), 1 << 20, tmp_path)] == [f"{row}" for row in rows[1:]]
 
 
 def test_the_ids_are_those_of_hugging_faces_library(text, tmp_path):
@@ -121,7 +130,7 @@ def test_text_that_is_gone_has_its_vocabulary_still(text, tmp_path):
 
 
 def test_several_sources_share_one_whatever_their_order(text, tmp_path):
-    (tmp_path / "other.txt").write_text("other words altogether, " * 4000)
+    (tmp_path / "other.txt").write_text("other words altogether, \n\n" * 4000)
     other = TextFiles(tmp_path / "other.txt")
     both = open_tokenizer([text, other], tmp_path / "dataset", SIZE)
 
