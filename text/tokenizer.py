@@ -6,9 +6,12 @@ whose union has the lowest rank is merged first (Sennrich et al. 2016). End-of-t
 
 import base64
 import binascii
+import contextlib
 import functools
 import hashlib
 import re
+import resource
+import sys
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -25,6 +28,9 @@ GPT2 = "r50k_base"
 GPT2_SIZE = 50257
 RANKS_PATH = Path(__file__).parent.parent / "assets" / "r50k_base.tiktoken"
 RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
+
+# gigatoken remembers words without end: a process that grows by so many bytes begins anew.
+MAX_GROWTH = 300 << 20
 
 # A vocabulary of your own has at least every byte and end-of-text, and ids of 16 bits.
 MIN_SIZE, MAX_SIZE = 257, 65_536
@@ -94,6 +100,7 @@ class Tokenizer:
         except ImportError:
             return None
 
+        self.memory_before = memory_in_use()
         # It reads nothing but files.
         with tempfile.NamedTemporaryFile("w") as file:
             file.write(self.ranks)
@@ -144,10 +151,13 @@ class Tokenizer:
 
         import awkward
 
-        counts, tokens = awkward.num, awkward.flatten
         ragged = self.gigatoken.encode_batch(as_awkward(texts), parallel=False)
-        ends = np.cumsum(np.asarray(counts(ragged)))
-        documents = np.split(np.asarray(tokens(ragged)).astype(TOKEN_TYPE), ends[:-1])
+        ends = np.cumsum(np.asarray(awkward.num(ragged)))
+        tokens = np.asarray(awkward.flatten(ragged)).astype(TOKEN_TYPE)
+        documents = np.split(tokens, ends[:-1])
+        if memory_in_use() > self.memory_before + MAX_GROWTH:
+            del self.gigatoken
+
         for number in with_new_letters(texts):
             documents[number] = self.encode(texts[number].as_py())
 
@@ -228,6 +238,16 @@ def load_tokenizer(encoding: object, ranks: object) -> Tokenizer:
         raise DataError("the vocabulary is damaged: its digest is another one")
 
     return tokenizer
+
+
+def memory_in_use() -> int:
+    """Return the bytes that this process has in memory; its peak where only that is known."""
+    with contextlib.suppress(OSError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    # In kilobytes but on macOS.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak << 10
 
 
 def with_new_letters(texts) -> list[int]:
