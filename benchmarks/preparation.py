@@ -3,8 +3,10 @@
     python benchmarks/preparation.py TEXT.parquet --nanogpt=PATH --num_processes=2
 
 Prints tokens a second of whole commands, start-up and all, run in turns; beside them those of
-tiktoken's encode_ordinary_batch alone, with the text in memory. Of ours also the peak memory of the
-largest process, and the most that the disk held, as a multiple of the finished files.
+tiktoken's encode_ordinary_batch alone, with the text in memory, and of gigatoken's encode_files
+alone, on all cores, which leaves all tokens in memory. Of ours also the peak memory of the largest
+process, the most that the disk held, as a multiple of the finished files, and how many seconds of
+one process each stage takes.
 """
 
 import argparse
@@ -51,6 +53,63 @@ if __name__ == "__main__":
         peak_memory_mb=round(max(usage.ru_maxrss for usage in usages) / 1024),
         peak_disk_ratio=round(max(sizes) / size, 3),
     )))
+"""
+
+STAGES = """
+import sys
+sys.path.insert(0, {root!r})
+import collections, json, time
+from pathlib import Path
+from text import parts, preparation, readers, sources, tokenizer
+
+seconds = collections.Counter()
+
+def timed(owner, name, stage):
+    real = getattr(owner, name)
+
+    def call(*args, **options):
+        start = time.perf_counter()
+        try:
+            return real(*args, **options)
+        finally:
+            seconds[stage] += time.perf_counter() - start
+
+    setattr(owner, name, call)
+
+def read(self, damage, real=readers.Reader.chunk):
+    found = real(self, damage)
+    while True:
+        start = time.perf_counter()
+        documents = next(found, None)
+        seconds["reading"] += time.perf_counter() - start
+        if documents is None:
+            return
+        yield documents
+
+readers.Reader.chunk = read
+timed(tokenizer.Tokenizer, "encode_documents", "tokenizing")
+timed(parts.PartWriter, "check_sample", "tiktoken on a sample")
+timed(parts, "write_whole", "writing parts")
+timed(parts.JoinedFiles, "add_new_parts", "joining, with checksums")
+timed(parts.JoinedFiles, "force", "of that, forcing onto the disk")
+start = time.perf_counter()
+source, _ = sources.parse_source({text!r})
+folder = Path({folder!r}) / "dataset"
+preparation.load_or_prepare(source, folder, tokenizer.gpt2_tokenizer(), 1)
+seconds["all, without start-up"] = time.perf_counter() - start
+print(json.dumps(dict(tokens=0, stages={{k: round(v, 2) for k, v in seconds.items()}})))
+"""
+
+GIGATOKEN = """
+import sys
+sys.path.insert(0, {root!r})
+import json
+import gigatoken
+from text import tokenizer
+
+fast = tokenizer.gpt2_tokenizer().gigatoken
+tokens = fast.encode_files(gigatoken.ParquetFileSource([{text!r}]), parallel=True)
+print(json.dumps(dict(tokens=len(tokens.layout.content) + len(tokens))))
 """
 
 # What nanoGPT's script would download is given to it: the text, and the ranks of the encoding.
@@ -123,11 +182,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("text", type=lambda path: str(Path(path).resolve()))
     parser.add_argument("--nanogpt", help="a checkout of github.com/karpathy/nanoGPT")
+    parser.add_argument("--is_long", action="store_true", help="leave tiktoken out")
     parser.add_argument("--num_processes", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
 
-    codes = {"ours": OURS, "encode_ordinary_batch": BATCH}
+    codes = {"ours": OURS, "gigatoken": GIGATOKEN}
+    codes.update({} if args.is_long else {"encode_ordinary_batch": BATCH})
     codes.update({"nanoGPT": NANOGPT} if args.nanogpt else {})
     runs: dict[str, list[dict]] = {name: [] for name in codes}
 
@@ -148,6 +209,7 @@ def main() -> None:
         ),
         "peak_memory_mb": max(run["peak_memory_mb"] for run in runs["ours"]),
         "peak_disk_ratio": max(run["peak_disk_ratio"] for run in runs["ours"]),
+        "seconds_of_one_process": run(STAGES, **vars(args))["stages"],
     }
     print(json.dumps(result, indent=2))
 
