@@ -228,7 +228,7 @@ def open_datasets(
             for source, _ in sources
         ]
 
-    world.check_same("The vocabulary", tokenizer.encoding)
+    world.check_same("The vocabularies", tokenizer.encoding)
     world.check_same("The data", [dataset.fingerprint for dataset in datasets])
     return datasets
 

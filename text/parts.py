@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from system.files import write_whole
+from text import blocks
+from text.blocks import Documents
 from text.damage import Damage
 from text.errors import DataError
-from text.readers import Documents, Reader
 from text.splits import TEST_SHARES, place_hash
 from text.token_files import FORMAT_VERSION, SPLITS
 from text.tokenizer import TOKEN_TYPE, Tokenizer
@@ -54,17 +55,17 @@ class PartWriter:
         import pyarrow.compute
 
         lengths = pyarrow.compute.utf8_length(documents.texts).to_numpy()
-        ends = np.cumsum(lengths + Reader.ROW_SIZE)  # (documents)
+        ends = np.cumsum(lengths + blocks.ROW_SIZE)  # (documents)
         hashes = [place_hash(file.name, number) for number in documents.numbers.tolist()]
         first = before = 0
         while first < len(hashes):
             # The document that fills the part is its last one.
-            last = int(np.searchsorted(ends, before + Reader.CHUNK_SIZE - self.size)) + 1
+            last = int(np.searchsorted(ends, before + blocks.CHUNK_SIZE - self.size)) + 1
             last = min(last, len(hashes))
             self.texts.append(documents.texts[first:last])
             self.hashes += hashes[first:last]
             self.size += int(ends[last - 1]) - before
-            if self.size >= Reader.CHUNK_SIZE:
+            if self.size >= blocks.CHUNK_SIZE:
                 self.flush()
 
             first, before = last, int(ends[last - 1])

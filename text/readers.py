@@ -1,8 +1,7 @@
 """Reads rows out of files: JSON, CSV, parquet and plain text, packed or not, a chunk at a time.
 
 A row is a dict of its columns, the error that makes it unreadable, or None for a blank line. Text
-to pre-train on comes as rows with a column `text`; instructions come as rows, too. Parquet comes in
-batches of pyarrow, whose text goes to the tokenizer as it is.
+to pre-train on comes as rows with a column `text`; instructions come as rows, too.
 """
 
 import contextlib
@@ -11,19 +10,17 @@ import functools
 import io
 import itertools
 import json
-import shutil
-import tempfile
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from typing import Any, BinaryIO, NamedTuple
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import BinaryIO
 
 import numpy as np
 
+from text import blocks
+from text.blocks import Block, Documents, NoTextError, Row, arrow_strings, check_columns
 from text.damage import Damage
-from text.errors import DataError, reported_errors, without_surrogates
-from text.local_files import UTF16_MARKS, LocalFile, decompress, is_packed
-
-# Row groups of parquet up to this many bytes are skipped without reading them.
-MAX_LAZY_GROUP = 1 << 25
+from text.errors import DataError, reported_errors
+from text.local_files import UTF16_MARKS, LocalFile, decompress
+from text.parquet import documents_of_column, read_parquet
 
 # A file of plain text that is longer, in characters, is cut into several documents.
 MAX_DOCUMENT = 1 << 22
@@ -32,40 +29,6 @@ MIN_PIECE = 8192
 
 # Stands behind the last line of CSV: a quote that is still open takes it in.
 END_OF_CSV = "\x1e"
-
-# The place of a row within its file, and the row.
-Row = tuple[str, dict | ValueError | None]
-
-
-class NoTextError(DataError):
-    """A table without a column `text`."""
-
-
-class Block(NamedTuple):
-    """Rows of a file that follow one another, found but not decoded.
-
-    Args:
-        size: in characters or bytes.
-        rows: decodes them.
-        batches: reads them as record batches of pyarrow; None where the file has none.
-    """
-
-    num_rows: int
-    size: int
-    rows: Callable[[], Iterable[Row]]
-    batches: Callable[[], Iterable[Any]] | None = None
-
-
-class Documents(NamedTuple):
-    """Documents of a file, none of them empty.
-
-    Args:
-        numbers: of their rows, int64 (documents).
-        texts: pyarrow.LargeStringArray (documents).
-    """
-
-    numbers: np.ndarray
-    texts: Any
 
 
 class Reader:
@@ -82,10 +45,6 @@ class Reader:
     Raises:
         DataError: when the file is damaged, or not what its name says.
     """
-
-    CHUNK_SIZE = 1 << 21
-    # Added to the size of every row: rows without text must fill a chunk, too.
-    ROW_SIZE = 16
 
     def __init__(self, file: LocalFile, columns: Sequence[str] = ("text",), is_text: bool = True):
         self.file = file
@@ -148,20 +107,20 @@ class Reader:
 
     def skip(self) -> list[Block]:
         """Return the next chunk without decoding it, which would be most of the work."""
-        blocks, size = [], 0
+        found, size = [], 0
         with reported_errors(self.file.description):
-            while size < self.CHUNK_SIZE:
+            while size < blocks.CHUNK_SIZE:
                 block = next(self.blocks, None)
                 if block is None:
                     self.is_finished = True
                     break
 
-                blocks.append(block)
-                size += block.size + block.num_rows * self.ROW_SIZE
+                found.append(block)
+                size += block.size + block.num_rows * blocks.ROW_SIZE
                 self.row += block.num_rows
 
         self.number += 1
-        return blocks
+        return found
 
 
 def document_of(row: dict | ValueError | None) -> str | None:
@@ -341,124 +300,6 @@ def csv_row(
 
 def with_line_feeds(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def read_parquet(
-    content: BinaryIO, file: LocalFile, columns: Sequence[str], is_text: bool
-) -> Generator[Block, None, None]:
-    import pyarrow.parquet
-
-    if is_packed(file.path.name):
-        # Its index is at the end of the file, and a packed file is read from its beginning.
-        unpacked = tempfile.TemporaryFile()  # noqa: SIM115
-        shutil.copyfileobj(content, unpacked)
-        content = unpacked
-
-    # Buffered by the page, so that a row group may be larger than memory.
-    table = pyarrow.parquet.ParquetFile(content, buffer_size=1 << 20)
-    schema = table.schema_arrow
-    check_columns(file, schema.names, is_text)
-    if is_text and not holds_text(kind := schema.types[schema.names.index("text")]):
-        raise DataError(f"{file.description}: the column `text` holds {kind}, not text.")
-
-    names = [name for name in schema.names if name in columns]
-    first = 0
-    for group in range(table.num_row_groups):
-        metadata = table.metadata.row_group(group)
-        # Of all columns: asking a damaged file for a single one can crash the process.
-        size = metadata.total_byte_size
-        # A few rows at a time: they may be of 10 MB each.
-        num_rows = min(1024, Reader.CHUNK_SIZE * metadata.num_rows // max(1, size)) or 1
-        batches = functools.partial(table.iter_batches, num_rows, [group], names, use_threads=False)
-        if size + metadata.num_rows * Reader.ROW_SIZE <= MAX_LAZY_GROUP:
-            # Whoever skips it does not even read it.
-            yield block_of_batches(metadata.num_rows, size, batches, first)
-            first += metadata.num_rows
-            continue
-
-        for batch in batches():
-            one = functools.partial(iter, [batch])
-            yield block_of_batches(batch.num_rows, batch.nbytes, one, first)
-            first += batch.num_rows
-
-
-def block_of_batches(
-    num_rows: int, size: int, batches: Callable[[], Iterable[Any]], first: int
-) -> Block:
-    """Make a block of record batches, of which the first row has the number first in its file."""
-
-    def rows() -> Iterator[Row]:
-        numbers = itertools.count(first)
-        for batch in batches():
-            columns = {name: column_values(batch.column(name)) for name in batch.schema.names}
-            for i in range(batch.num_rows):
-                row = {name: values[i] for name, values in columns.items()}
-                yield f"row {next(numbers)}", row
-
-    return Block(num_rows, size, rows, batches)
-
-
-def column_values(column) -> list:
-    try:
-        return column.to_pylist()
-    except UnicodeDecodeError:
-        return [
-            None if text is None else text.decode("utf-8", errors="replace")
-            for text in column.cast("string").cast("binary").to_pylist()
-        ]
-
-
-def documents_of_column(column, first: int) -> Documents:
-    """Return the documents of a column of text, whose first row has the number first."""
-    import pyarrow
-    import pyarrow.compute
-
-    try:
-        texts = column.cast(pyarrow.large_string())
-        texts.validate(full=True)
-    except pyarrow.ArrowInvalid:
-        texts = arrow_strings(column_values(column))
-
-    # Nulls have no length.
-    numbers = np.flatnonzero(pyarrow.compute.binary_length(texts).fill_null(0))
-    if len(numbers) < len(texts):
-        texts = texts.take(pyarrow.array(numbers))
-
-    return Documents(first + numbers, texts)
-
-
-def arrow_strings(texts: list[str | None]):
-    """Return texts as pyarrow.LargeStringArray."""
-    import pyarrow
-
-    try:
-        return pyarrow.array(texts, pyarrow.large_string())
-    except UnicodeEncodeError:
-        return arrow_strings([text and without_surrogates(text) for text in texts])
-
-
-def holds_text(kind) -> bool:
-    """Tell whether a type of pyarrow is text, however it is stored."""
-    from pyarrow import types
-
-    if types.is_dictionary(kind):
-        kind = kind.value_type
-
-    # A column of nothing but nulls has no type.
-    return (
-        types.is_string(kind)
-        or types.is_large_string(kind)
-        or types.is_null(kind)
-        or str(kind) == "string_view"
-    )
-
-
-def check_columns(file: LocalFile, names: list[str], is_text: bool) -> None:
-    """Raise NoTextError when a file of documents has no column `text`."""
-    if is_text and "text" not in names:
-        raise NoTextError(
-            f"{file.description} has no column `text`, it has {', '.join(names[:8]) or 'none'}."
-        )
 
 
 def check_table(file: LocalFile, num_rows: int = 20) -> None:

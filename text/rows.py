@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from text.blocks import Row
 from text.errors import DataError, one_line, reported_errors, without_surrogates
 from text.hub import HubDataset
 from text.instructions import COLUMNS, Example, encode_turns, turns_of
 from text.local_files import LocalFile, is_file_name, is_json, kind_of_name
-from text.readers import Reader, Row
+from text.readers import Reader
 from text.sources import StandardLibrary
 from text.tokenizer import Tokenizer
 

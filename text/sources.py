@@ -11,10 +11,11 @@ import sysconfig
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from text.blocks import NoTextError
 from text.errors import DataError, reported_errors, without_surrogates
 from text.hub import HubDataset
 from text.local_files import Listing, LocalFile, is_file_name, kind_of, kind_of_name
-from text.readers import MAX_DOCUMENT, MIN_PIECE, NoTextError, check_table
+from text.readers import MAX_DOCUMENT, MIN_PIECE, check_table
 from text.splits import TEST_SHARES, place_hash
 from text.token_files import sidecars
 

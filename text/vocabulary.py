@@ -13,6 +13,7 @@ from pathlib import Path
 
 from system.files import write_whole
 from system.locks import Lock
+from text import blocks
 from text.damage import Damage
 from text.errors import DataError, is_full_disk
 from text.prepared import is_same_text, state_of_text
@@ -152,7 +153,7 @@ def sample(source: Source, size: int, downloads: Path) -> Iterator[str]:
     number = num_characters = 0
     is_first = True
     for file in listing.files:
-        if number % interval and file.size <= Reader.CHUNK_SIZE:
+        if number % interval and file.size <= blocks.CHUNK_SIZE:
             number += 1
             continue
 

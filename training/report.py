@@ -57,7 +57,7 @@ def describe_model(settings: Settings, trainer: Trainer) -> None:
     print(
         f"Model:  {trainer.model.num_parameters:,} parameters, {settings.num_hidden_layers} layers,"
         f" {settings.num_attention_heads} heads, {settings.embedding_dimensions} dimensions,"
-        f" context {settings.block_size}"
+        f" vocabulary {settings.vocabulary_size:,}, context {settings.block_size}"
     )
 
 

@@ -17,12 +17,11 @@ from vocabularies import END_OF_TEXT, GPT2_TOKENIZER, encode
 
 from processes import CONTEXT
 from system import locks
-from text import parts, preparation, token_files, workers
+from text import blocks, parts, preparation, token_files, workers
 from text.errors import DataError
 from text.parts import JoinedFiles, place_hash
 from text.preparation import load_or_prepare
 from text.prepared import prepared_name
-from text.readers import Reader
 from text.sources import TextFiles, parse_source
 from text.token_files import SPLITS
 from text.tokenizer import GPT2, Tokenizer
@@ -409,7 +408,7 @@ SCRIPT = f"""
 import multiprocessing, os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-from text import parts, preparation, readers, sources, tokenizer
+from text import blocks, parts, preparation, sources, tokenizer
 
 source, folder = sys.argv[1:3]
 num_processes, kill_at, min_waiting = map(int, sys.argv[3:])
@@ -431,7 +430,7 @@ def count(event, arguments):
 
 if __name__ == "__main__":
     if num_processes == 1:
-        readers.Reader.CHUNK_SIZE = {CHUNK_SIZE}
+        blocks.CHUNK_SIZE = {CHUNK_SIZE}
         preparation.UNIT_SIZE = {UNIT_SIZE}
 
     parts.MIN_TEST_TOKENS = {MIN_TEST_TOKENS}
@@ -483,7 +482,7 @@ def test_a_killed_preparation_goes_on_to_the_same_bytes(
     assert result.returncode == -signal.SIGKILL
     assert num_events > 100
 
-    monkeypatch.setattr(Reader, "CHUNK_SIZE", CHUNK_SIZE)
+    monkeypatch.setattr(blocks, "CHUNK_SIZE", CHUNK_SIZE)
     monkeypatch.setattr(preparation, "UNIT_SIZE", UNIT_SIZE)
     monkeypatch.setattr(parts, "MIN_TEST_TOKENS", MIN_TEST_TOKENS)
     monkeypatch.setattr(JoinedFiles, "MIN_WAITING", MIN_WAITING)
@@ -561,7 +560,7 @@ def test_text_that_changes_before_the_last_move_is_prepared_again(tmp_path, undi
 
 
 def test_the_disk_holds_the_tokens_about_once(large_text, tmp_path, monkeypatch):
-    monkeypatch.setattr(Reader, "CHUNK_SIZE", 1 << 16)
+    monkeypatch.setattr(blocks, "CHUNK_SIZE", 1 << 16)
     monkeypatch.setattr(parts, "MIN_TEST_TOKENS", 3000)
     monkeypatch.setattr(JoinedFiles, "MIN_WAITING", 1 << 14)
     force, sizes = JoinedFiles.force, []

@@ -9,6 +9,7 @@ import pyarrow.parquet
 import pytest
 from hub_server import parquet_rows
 
+from text import blocks
 from text.local_files import LocalFile
 from text.readers import Reader
 from text.rows import RowFile
@@ -82,7 +83,7 @@ def test_instructions_that_are_no_utf8_in_parquet_are_read(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet"])
 def test_instructions_take_the_memory_of_a_chunk(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(Reader, "CHUNK_SIZE", 1 << 16)
+    monkeypatch.setattr(blocks, "CHUNK_SIZE", 1 << 16)
     rows = [{"prompt": f"{number} ", "completion": "x" * 1000} for number in range(8000)]
     content = {
         "a.jsonl": "\n".join(map(json.dumps, rows)).encode(),

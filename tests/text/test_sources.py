@@ -16,7 +16,7 @@ from conftest import write_documents
 from hub_server import parquet
 from vocabularies import END_OF_TEXT, GPT2_TOKENIZER, encode
 
-from text import preparation, readers
+from text import blocks, preparation, readers
 from text.damage import Damage
 from text.errors import DataError
 from text.hub import HubDataset
@@ -268,8 +268,8 @@ def test_empty_files_are_no_documents(tmp_path, name):
 @pytest.mark.parametrize("kind", [".txt", ".jsonl", ".csv", ".parquet"])
 def test_files_of_several_chunks(tmp_path, monkeypatch, kind, packing):
     """All that is cut into chunks, by the way of a preparation: from open to the last position."""
-    monkeypatch.setattr(Reader, "CHUNK_SIZE", 1000)
-    monkeypatch.setattr(readers, "MAX_LAZY_GROUP", 0)
+    monkeypatch.setattr(blocks, "CHUNK_SIZE", 1000)
+    monkeypatch.setattr("text.parquet.MAX_LAZY_GROUP", 0)
     monkeypatch.setattr(preparation, "UNIT_SIZE", 10)
     texts = [f"text {i} {'x' * i}\n" for i in range(200)]
     write = {".jsonl": jsonl, ".csv": csv_rows, ".parquet": parquet}
@@ -361,7 +361,7 @@ def test_what_cannot_be_read_is_named(tmp_path, name, content, message):
 def test_parquet_in_small_and_large_row_groups(
     tmp_path, monkeypatch, kind, row_group_size, max_lazy_group
 ):
-    monkeypatch.setattr(readers, "MAX_LAZY_GROUP", max_lazy_group)
+    monkeypatch.setattr("text.parquet.MAX_LAZY_GROUP", max_lazy_group)
     texts = [f"text {i}" for i in range(200)]
     content = parquet(pyarrow.array(texts, kind), row_group_size=row_group_size)
     (tmp_path / "a.parquet").write_bytes(content)
@@ -378,8 +378,8 @@ def test_text_that_is_no_utf8_in_parquet_goes_on(tmp_path):
 
 
 def test_chunks_are_the_same_for_who_skips_and_who_reads(tmp_path, monkeypatch):
-    monkeypatch.setattr(Reader, "CHUNK_SIZE", 1000)
-    monkeypatch.setattr(readers, "MAX_LAZY_GROUP", 0)
+    monkeypatch.setattr(blocks, "CHUNK_SIZE", 1000)
+    monkeypatch.setattr("text.parquet.MAX_LAZY_GROUP", 0)
 
     for suffix, write in ((".jsonl", jsonl), (".csv", csv_rows), (".parquet", parquet)):
         path = tmp_path / f"rows{suffix}"

@@ -15,8 +15,8 @@ from tiktoken.load import load_tiktoken_bpe
 from vocabularies import END_OF_TEXT, encode, own_tokenizer
 
 from text import tokenizer
+from text.blocks import arrow_strings
 from text.errors import DataError
-from text.readers import arrow_strings
 from text.tokenizer import MAX_SIZE, Tokenizer, format_ranks, gpt2_tokenizer, load_tokenizer
 from text.vocabulary import merge
 
