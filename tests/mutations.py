@@ -557,7 +557,7 @@ MUTATIONS = [
         ("text/test_tokenizer", "any_text_is_text"),
         "text/tokenizer.py",
         "            return self.encode(without_surrogates(text))\n",
-        "        raise\n",
+        "            raise\n",
         "a traceback at the one character",
     ),
     Mutation(

@@ -221,7 +221,8 @@ def test_two_runs_at_once_make_it_once(text, tmp_path, monkeypatch):
         told.set()
 
     monkeypatch.setattr(vocabulary, "print", say, raising=False)
-    waiting = threading.Thread(target=train, args=(text, folder))
+    found: list = []
+    waiting = threading.Thread(target=lambda: found.append(train(text, folder)))
     waiting.start()
 
     assert told.wait(timeout=60)
@@ -229,10 +230,11 @@ def test_two_runs_at_once_make_it_once(text, tmp_path, monkeypatch):
 
     # The other run ends, and leaves its vocabulary.
     shutil.copy(train_elsewhere(text, tmp_path), folder)
-    monkeypatch.setattr(vocabulary, "train_vocabulary", lambda *_: pytest.fail("made twice"))
+    monkeypatch.setattr(vocabulary, "train_vocabulary", lambda *_: "made twice")
     lock.unlink()
     waiting.join()
 
+    assert found[0].vocabulary_size == SIZE
     assert f"is being made by process {parent}" in said[0]
 
 
