@@ -57,7 +57,7 @@ PRESETS = {
         "batch_size": 8,
         "gradient_accumulation_steps": 1,
         "num_epochs": 2,
-        "learning_rate": 1e-2,
+        "learning_rate": 5e-3,
         # A compiler takes longer than it would save.
         "compile": False,
     },
