@@ -66,9 +66,9 @@ PRESETS = {
         "batch_size": 16,
         "gradient_accumulation_steps": 1,
         "samples_per_epoch": 640,
-        "num_epochs": 14,
-        "eval_interval": 7,
-        "checkpoint_interval": 7,
+        "num_epochs": 12,
+        "eval_interval": 6,
+        "checkpoint_interval": 6,
     },
     "gpt2": {"embedding_dimensions": 768, "num_attention_heads": 12, "num_hidden_layers": 12},
     "gpt2-medium": {
