@@ -95,6 +95,25 @@ readers.Reader.__init__ = listed
 """
 
 
+def test_a_vocabulary_is_trained_on_the_hub_and_nothing_stays(tmp_path):
+    own = (
+        "from text.vocabulary import open_tokenizer\n"
+        "source, _ = sources.parse_source(sys.argv[1])\n"
+        "gpt2_tokenizer = lambda: open_tokenizer([source], Path(sys.argv[2]), 280)\n"
+    )
+    with serve("Skylion007/openwebtext", SHARDS) as (endpoint, _):
+        result = prepare("openwebtext", tmp_path, endpoint, 1, own)
+
+    assert result.returncode == 0, result.stderr
+    names = [path.name for path in (tmp_path / "dataset").iterdir()]
+    assert "openwebtext.280.vocabulary" in names
+    assert sum(name.startswith("openwebtext.bpe-280-") for name in names) == len(names) - 1 == 4
+
+    # Once it is there, the Hub is not asked for it again.
+    result = prepare("openwebtext", tmp_path, "http://127.0.0.1:9", 1, own)
+    assert result.returncode == 0, result.stderr
+
+
 def test_openwebtext_is_downloaded_one_shard_at_a_time(tmp_path):
     with serve("Skylion007/openwebtext", SHARDS) as (endpoint, _):
         for num_processes in (1, 2):

@@ -14,7 +14,7 @@ from conftest import ROOT
 from tokenizers import decoders, models, pre_tokenizers
 
 from system import locks
-from text import vocabulary
+from text import token_files, vocabulary
 from text.errors import DataError
 from text.preparation import load_or_prepare
 from text.sources import TextFiles
@@ -150,6 +150,16 @@ def test_token_files_of_two_vocabularies_lie_side_by_side(text, tmp_path):
         tokens = [*dataset.train, *dataset.test]
         documents = ours.decode(tokens).split("<|endoftext|>")[:-1]
         assert sorted(documents) == sorted(path.read_text() for path in text.paths())
+
+
+def test_it_is_no_text_where_it_lies_among_the_text(text):
+    source = TextFiles(text.path, excluded=((text.path, token_files.NAMES),))
+    ours = train(source, text.path)
+    load_or_prepare(source, text.path, ours, 1)
+
+    assert len([*text.path.glob("*.vocabulary")]) == 1
+    assert len(source.paths()) == 40
+    assert train(source, text.path).encoding == ours.encoding
 
 
 def test_of_a_large_folder_the_sample_comes_from_everywhere(text, tmp_path, monkeypatch):
