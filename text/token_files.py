@@ -23,7 +23,8 @@ SPLITS = ("train", "test")
 # The names of what lies in a folder of token files, also while they are made.
 NAMES = (
     rf"(stdlib|openwebtext|.+--.+|.+-[0-9a-f]{{8}})(\.{OWN_ENCODING})?"
-    r"(-(train|test)\.bin|\.(json|verified|lock|parts|finished|\d+\.vocabulary))(\..+)?"
+    r"(-(train|test)\.bin|\.(json|verified|lock|parts|finished))(\..+)?"
+    r"|.+\.\d+\.vocabulary(\..+)?"
 )
 
 

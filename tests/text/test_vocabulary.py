@@ -17,7 +17,7 @@ from system import locks
 from text import token_files, vocabulary
 from text.errors import DataError
 from text.preparation import load_or_prepare
-from text.sources import TextFiles
+from text.sources import StandardLibrary, TextFiles
 from text.splits import TEST_SHARES, place_hash
 from text.vocabulary import byte_characters, open_tokenizer, sample
 
@@ -157,7 +157,10 @@ def test_it_is_no_text_where_it_lies_among_the_text(text):
     ours = train(source, text.path)
     load_or_prepare(source, text.path, ours, 1)
 
-    assert len([*text.path.glob("*.vocabulary")]) == 1
+    both = open_tokenizer([source, StandardLibrary()], text.path, 1000)
+
+    assert both.encoding != ours.encoding
+    assert len([*text.path.glob("*.vocabulary")]) == 2
     assert len(source.paths()) == 40
     assert train(source, text.path).encoding == ours.encoding
 
