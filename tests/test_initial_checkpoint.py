@@ -112,7 +112,8 @@ def test_resumed_it_ends_as_if_nothing_had_happened(pre_train, small, initial, t
 
 def test_plan_of_such_a_run(pre_train, small, initial, tmp_path, capsys):
     assert pre_train.main(flags(small, initial, "--dry_run", out=tmp_path / "out")) == 0
-    assert "3 layers, 4 heads, 16 dimensions, vocabulary 50,257, context 24" in capsys.readouterr().out
+    sizes = "3 layers, 4 heads, 16 dimensions, vocabulary 50,257, context 24"
+    assert sizes in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
 
 
