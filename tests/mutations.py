@@ -826,7 +826,7 @@ MUTATIONS = [
         "A vocabulary that has read what is tested on",
         ("text/test_vocabulary", "may_be_tested or first_document"),
         "text/vocabulary.py",
-        "if is_trained_on and not is_first:",
+        "if place >= TEST_SHARES[-1]:",
         "if True:",
         "a test loss that is too good",
     ),

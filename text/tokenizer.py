@@ -133,7 +133,7 @@ class Tokenizer:
 
         # As in tiktoken, \s is exactly what Unicode calls white space.
         pattern = PIECES.replace(r"\s", r"\p{White_Space}").replace(r"\S", r"\P{White_Space}")
-        pieces = regex.findall(pattern, text, regex.V1)
+        pieces = regex.findall(pattern, text)
         tokens = [self.tiktoken._encode_single_piece(piece) for piece in pieces]
         return np.concatenate(tokens).astype(TOKEN_TYPE)
 

@@ -4,10 +4,10 @@ SOURCES.N.vocabulary, in the folder of the token files, holds N tokens and what 
 on: the same text gives the same vocabulary, whatever the number of processes.
 """
 
+import contextlib
 import hashlib
 import json
 import math
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -41,7 +41,9 @@ def open_tokenizer(sources: Sequence[Source], folder: Path, size: int) -> Tokeni
     if size == GPT2_SIZE:
         return gpt2_tokenizer()
 
-    names = "+".join(sorted(source.name for source in sources))
+    # In whatever order they are named, they are the same text.
+    sources = sorted(sources, key=lambda source: source.name)
+    names = "+".join(source.name for source in sources)
     path = folder / f"{shortened(names)}.{size}.vocabulary"
 
     def report(holder: str) -> None:
@@ -75,13 +77,10 @@ def read_vocabulary(path: Path, sources: Sequence[Source]) -> Tokenizer | None:
         content = json.loads(path.read_text())
         saved = {each["name"]: each for each in content["sources"]}
         tokenizer = Tokenizer(content["ranks"])
-        is_whole = content["format_version"] == FORMAT_VERSION
-        is_whole = is_whole and content["encoding"] == tokenizer.encoding
+        if (content["format_version"], content["encoding"]) != (FORMAT_VERSION, tokenizer.encoding):
+            raise ValueError("another format, or other ranks")
     except (ValueError, KeyError, TypeError, DataError) as error:
         raise DataError(f"{path} is damaged; delete it to have it made again.") from error
-
-    if not is_whole:
-        raise DataError(f"{path} is damaged; delete it to have it made again.")
 
     if all(s.name in saved and is_same_text(s, saved[s.name]) for s in sources):
         return tokenizer
@@ -100,20 +99,9 @@ def train_vocabulary(path: Path, sources: Sequence[Source], size: int) -> Tokeni
     print(f"Tokens: training a vocabulary of {size:,} on {names}", flush=True)
 
     downloads = path.with_name(f"{path.name}.download")
-    num_bytes = 0
-
-    def texts() -> Iterator[str]:
-        nonlocal num_bytes
-        for source in sources:
-            for text in sample(source, SAMPLE_SIZE // len(sources), downloads):
-                num_bytes += len(text.encode())
-                yield text
-
-    try:
-        tokens = merge(texts(), size - 1)
-    finally:
-        shutil.rmtree(downloads, ignore_errors=True)
-
+    share = SAMPLE_SIZE // len(sources)
+    texts = (text for source in sources for text in sample(source, share, downloads))
+    tokens = merge(texts, size - 1)
     if len(tokens) < size - 1:
         raise DataError(
             f"{names} has too little text for a vocabulary of {size:,} tokens, it gives"
@@ -125,11 +113,7 @@ def train_vocabulary(path: Path, sources: Sequence[Source], size: int) -> Tokeni
         "format_version": FORMAT_VERSION,
         "encoding": tokenizer.encoding,
         "sources": [
-            {
-                "name": source.name,
-                "source": source.description,
-                **(state_of_text(source)),
-            }
+            {"name": source.name, "source": source.description, **state_of_text(source)}
             for source in sources
         ],
         "ranks": tokenizer.ranks,
@@ -150,28 +134,37 @@ def sample(source: Source, size: int, downloads: Path) -> Iterator[str]:
     """
     listing = source.listing()
     interval = 1 if source.is_hub else max(1, math.ceil(listing.size / size))
-    number = num_characters = 0
-    is_first = True
-    for file in listing.files:
+    num_bytes = 0
+    with contextlib.closing(documents(listing.files, interval, downloads)) as found:
+        next(found, None)
+        for place, text in found:
+            if place >= TEST_SHARES[-1]:
+                num_bytes += len(text.encode())
+                yield text
+
+            if num_bytes >= size:
+                return
+
+
+def documents(files: Sequence, interval: int, downloads: Path) -> Iterator[tuple[float, str]]:
+    """Yield the documents of every interval-th chunk, each with the hash of its place."""
+    number = 0
+    for file in files:
+        # A small file is one chunk, which need not be opened to be passed over.
         if number % interval and file.size <= blocks.CHUNK_SIZE:
             number += 1
             continue
 
         with file.on_disk(downloads) as local, Reader(local) as reader:
-            while not reader.is_finished and num_characters < size:
-                number += 1
-                if (number - 1) % interval:
+            while not reader.is_finished:
+                if number % interval:
                     reader.skip()
-                    continue
+                else:
+                    for rows, texts in reader.chunk(Damage()):
+                        places = (place_hash(file.name, row) for row in rows.tolist())
+                        yield from zip(places, texts.to_pylist(), strict=True)
 
-                for numbers, texts in reader.chunk(Damage()):
-                    for row, text in zip(numbers.tolist(), texts.to_pylist(), strict=True):
-                        is_trained_on = place_hash(file.name, row) >= TEST_SHARES[-1]
-                        if is_trained_on and not is_first:
-                            num_characters += len(text)
-                            yield text
-
-                        is_first = False
+                number += 1
 
 
 def merge(texts: Iterator[str], num_tokens: int) -> dict[bytes, int]:

@@ -95,16 +95,19 @@ readers.Reader.__init__ = listed
 """
 
 
-def test_a_vocabulary_is_trained_on_the_hub_and_nothing_stays(tmp_path):
+def test_a_vocabulary_is_trained_on_the_first_files_of_the_hub_and_these_go(tmp_path):
     own = (
-        "from text.vocabulary import open_tokenizer\n"
+        "from text import vocabulary\n"
+        "vocabulary.SAMPLE_SIZE = 1000\n"
         "source, _ = sources.parse_source(sys.argv[1])\n"
-        "gpt2_tokenizer = lambda: open_tokenizer([source], Path(sys.argv[2]), 280)\n"
+        "gpt2_tokenizer = lambda: vocabulary.open_tokenizer([source], Path(sys.argv[2]), 280)\n"
     )
-    with serve("Skylion007/openwebtext", SHARDS) as (endpoint, _):
+    with serve("Skylion007/openwebtext", SHARDS) as (endpoint, requests):
         result = prepare("openwebtext", tmp_path, endpoint, 1, own)
 
     assert result.returncode == 0, result.stderr
+    first, second, third = (sum("resolve" in r and n in r for r in requests) for n in SHARDS)
+    assert first == 2 * second == 2 * third > 0
     names = [path.name for path in (tmp_path / "dataset").iterdir()]
     assert "openwebtext.280.vocabulary" in names
     assert sum(name.startswith("openwebtext.bpe-280-") for name in names) == len(names) - 1 == 4

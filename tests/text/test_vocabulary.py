@@ -134,7 +134,7 @@ def test_several_sources_share_one_whatever_their_order(text, tmp_path):
     other = TextFiles(tmp_path / "other.txt")
     both = open_tokenizer([text, other], tmp_path / "dataset", SIZE)
 
-    assert both.ranks == open_tokenizer([other, text], tmp_path / "dataset", SIZE).ranks
+    assert both.ranks == open_tokenizer([other, text], tmp_path / "other", SIZE).ranks
     assert both.ranks != train(text, tmp_path / "dataset").ranks
     assert len([*(tmp_path / "dataset").glob("*.vocabulary")]) == 2
 
