@@ -239,8 +239,8 @@ def add_data_arguments(parser: Parser) -> None:
         "--vocabulary_size",
         type=vocabulary_int,
         default=50257,
-        help="Tokens of the vocabulary: 50257 is GPT-2's, any other number from 257 to 65536 is"
-        " trained on the text.",
+        help="Vocabulary size: 50257 is GPT-2's; any other from 257 to 65536 is trained on the"
+        " text.",
     )
     add(
         "--text_encoding",

@@ -32,8 +32,8 @@ RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930
 # gigatoken remembers words without end: a process that grows by so many bytes begins anew.
 MAX_GROWTH = 300 << 20
 
-# A vocabulary of your own has at least every byte and end-of-text, and ids of 16 bits.
-MIN_SIZE, MAX_SIZE = 257, 65_536
+# Token files have ids of 16 bits.
+MAX_SIZE = 65_536
 # The encoding of such a vocabulary: its size, and a digest of its ranks.
 OWN_ENCODING = r"bpe-(\d+)-[0-9a-f]{12}"
 

@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 
 from system.files import write_whole
@@ -146,7 +146,9 @@ def sample(source: Source, size: int, downloads: Path) -> Iterator[str]:
                 return
 
 
-def documents(files: Sequence, interval: int, downloads: Path) -> Iterator[tuple[float, str]]:
+def documents(
+    files: Sequence, interval: int, downloads: Path
+) -> Generator[tuple[float, str], None, None]:
     """Yield the documents of every interval-th chunk, each with the hash of its place."""
     number = 0
     for file in files:
