@@ -41,7 +41,7 @@ OWN_ENCODING = r"bpe-(\d+)-[0-9a-f]{12}"
 # behind it are one piece, and brackets stand apart from names.
 PIECES = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
-# Letters and numbers that came with Unicode 17: gigatoken 0.10 knows them, tiktoken 0.13 does not.
+# Letters and numbers that came with Unicode 17: gigatoken 0.10 knows them, tiktoken 0.14 does not.
 NEW_LETTERS = (
     r"["
     r"\x{88F}\x{C5C}\x{CDC}\x{A7CE}-\x{A7CF}\x{A7D2}\x{A7D4}\x{A7F1}\x{10940}-\x{10959}"
@@ -154,7 +154,7 @@ class Tokenizer:
         ragged = self.gigatoken.encode_batch(as_awkward(texts), parallel=False)
         ends = np.cumsum(np.asarray(awkward.num(ragged)))
         tokens = np.asarray(awkward.flatten(ragged)).astype(TOKEN_TYPE)
-        documents = np.split(tokens, ends[:-1])
+        documents = np.split(tokens, ends)[:-1]
         if memory_in_use() > self.memory_before + MAX_GROWTH:
             del self.gigatoken
 

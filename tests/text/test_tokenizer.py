@@ -165,6 +165,10 @@ def test_pieces_are_found_without_tiktokens_pattern(make, text):
     assert make().encode_pieces(text + "x").tolist() == make().encode(text + "x").tolist()
 
 
+def test_no_documents_are_none():
+    assert own_tokenizer().encode_documents(arrow_strings([])) == []
+
+
 def test_without_gigatoken_tiktoken_tokenizes(monkeypatch):
     monkeypatch.setitem(sys.modules, "gigatoken", None)
     ours = Tokenizer(own_tokenizer().ranks)
